@@ -9,15 +9,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Final
 
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Store, UploadBounds
+from loraplex_adapters.store import Store
 from loraplex_model.ops import build
 from prometheus_client import (
     CollectorRegistry,
@@ -26,12 +25,13 @@ from prometheus_client import (
     ProcessCollector,
 )
 
+from loraplex_server.access.principals import Principal
+from loraplex_server.access.quotas import Quotas
 from loraplex_server.config import Config
 from loraplex_server.engine.group.face import Engine
-from loraplex_server.engine.group.group import EngineGroup, members
+from loraplex_server.engine.group.group import members
 from loraplex_server.engine.messages import Hello, ModelInfo
 from loraplex_server.engine.process.child import SpawnedEngine
-from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.engine.process.descriptors import raise_descriptor_limit
 from loraplex_server.engine.process.identity import BaseChanged
 from loraplex_server.exits import ServerExit
@@ -41,7 +41,7 @@ from loraplex_server.registry.quarantine import QuarantineKeeper
 from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.texts import AdapterTexts
 from loraplex_server.rpc.calls.gate import CallGate
-from loraplex_server.rpc.calls.interceptor import Interceptor
+from loraplex_server.rpc.calls.interceptor import CallPath, Interceptor
 from loraplex_server.rpc.messages.validate import ModelBounds
 from loraplex_server.rpc.server import Address, RpcServer
 from loraplex_server.rpc.services.adapters import AdapterService
@@ -50,9 +50,11 @@ from loraplex_server.rpc.services.generation import GenerationService
 from loraplex_server.rpc.services.model import ModelService
 from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.training import TrainingService
+from loraplex_server.runtime import parts
 from loraplex_server.runtime.admin import MetricsServer
 from loraplex_server.runtime.ending import CLOSE_SECONDS, unexpected_end
 from loraplex_server.runtime.failures import StartFailure, needed
+from loraplex_server.runtime.following import follow_principals
 from loraplex_server.runtime.lanes import Lanes
 from loraplex_server.runtime.loop_lag import watch_event_loop
 from loraplex_server.runtime.shutdown import (
@@ -64,11 +66,10 @@ from loraplex_server.runtime.shutdown import (
     within,
 )
 from loraplex_server.runtime.watched import WatchedTask, while_alive
+from loraplex_server.telemetry.states import watch_front
 from loraplex_server.text.tokenizer import TextTokenizer
-from loraplex_server.training.delivery import RegistryDestination
-from loraplex_server.training.queue import JobLimits, JobQueue
-from loraplex_server.training.records import Records
-from loraplex_server.training.trainer import Trainer
+from loraplex_server.training.opening import job_queue
+from loraplex_server.training.queue import JobQueue
 
 STOP_GRACE: Final = 2.0
 """Seconds that finished calls have to reach their clients before connections are closed."""
@@ -80,7 +81,7 @@ class Server:
     """The front process: `start`, then `drain`. `close` undoes a start, even an incomplete one."""
 
     def __init__(self, config: Config, engine: SpawnedEngine | None = None) -> None:
-        """`engine` is the engine's process, if it was started already."""
+        """`engine` is the engine's process, if it was started already. Raises StartFailure."""
         self._config = config
         self._closing = AsyncExitStack()
         collectors = CollectorRegistry()
@@ -88,19 +89,38 @@ class Server:
             collector(registry=collectors)
         self.metrics = Metrics(collectors, version("loraplex"))
         self._gate = CallGate()
+        self._directory = parts.principals_of(config)
+        self._audit = parts.audit_log_of(config, self.metrics)
+        self._close_later(PART_SECONDS, "the audit log does not close", self._close_audit)
+        self._path = CallPath(self._gate, self.metrics, self._audit, config.write_stall_timeout)
+        checks = parts.access_checks_of(config, self._directory)
         self._rpc = RpcServer(
-            Interceptor(self._gate, self.metrics, config.write_stall_timeout),
+            [Interceptor(self._path, check) for check in checks],
             self._gate,
             config.max_connections,
             config.reflection,
         )
         self._observer = ServerObserver(self.metrics, self._rpc)
-        self.engine: Engine = _engine(config, self._observer, engine)
+        self.engine: Engine = parts.engine_of(config, self._observer, engine)
+        self._pressure = parts.memory_pressure_of(config, lambda: self.engine, self.metrics.series)
+        self._gate.require_memory = self._pressure.require
+        self._quotas = Quotas(config.max_requests, config.max_waiting_tokens)
         self._lanes = Lanes()
+        watch_front(self.metrics, self._lanes, self._gate)
         self._training: JobQueue | None = None
         self._accepting: WatchedTask | None = None
-        self.address = Address(config.host, config.port)
+        self.addresses = parts.addresses_of(config)
         self.admin_address = Address(config.admin_host, config.admin_port)
+
+    @property
+    def address(self) -> Address:
+        """Address of the services, for all callers."""
+        return self.addresses[0]
+
+    @property
+    def manage_address(self) -> Address | None:
+        """Address for calls that manage adapters and training jobs, if it is apart."""
+        return self.addresses[1] if len(self.addresses) > 1 else None
 
     async def start(self) -> None:
         """Starts all parts; the server is ready when it returns. Raises StartFailure.
@@ -109,6 +129,11 @@ class Server:
         """
         config = self._config
         self._bind()
+        self.metrics.trace_to(config.otlp_endpoint)
+        self._close_later(PART_SECONDS, "the last spans stay behind", self.metrics.tracing.close)
+        if self._directory is not None:
+            following = WatchedTask(self._directory.watch(self.metrics.series), "principals")
+            self._closing.push_async_callback(following.stop)
         watching = asyncio.create_task(watch_event_loop(self.metrics.series), name="event loop lag")
         self._closing.callback(watching.cancel)
         store = await self._open_store()
@@ -122,7 +147,9 @@ class Server:
             hello.num_blocks * hello.block_size,
         )
         with needed(ServerExit.NO_MODEL, "cannot read"):
-            tokenizer = await asyncio.to_thread(self._tokenizer, model, context)
+            tokenizer = await asyncio.to_thread(
+                parts.tokenizer_of, config, model, context, self._lanes.text
+            )
         limits = AdapterLimits(
             max_rank=config.max_rank,
             max_weights_bytes=int(config.max_adapter_file),
@@ -159,6 +186,7 @@ class Server:
             registry,
             prompts,
             admission,
+            self._quotas,
             self.metrics,
             bounds,
             config.stream_writes,
@@ -200,18 +228,8 @@ class Server:
                 hello = await self.engine.start()
             except BaseChanged as error:
                 raise StartFailure(ServerExit.BASE_CHANGED, str(error)) from error
-        self._observer.devices.watch(members(self.engine))
+        self._observer.watch(members(self.engine))
         return hello
-
-    def _tokenizer(self, model: ModelInfo, context: int) -> TextTokenizer:
-        return TextTokenizer(
-            Path(model.tokenizer_path),
-            context,
-            self._lanes.text,
-            eos_token_ids=model.eos_token_ids,
-            special_tokens_in_messages=self._config.special_tokens_in_messages,
-            chat_template=self._config.chat_template,
-        )
 
     def _keep_running(self, registry: Registry) -> None:
         """Starts the tasks that run as long as the server."""
@@ -223,7 +241,13 @@ class Server:
             self.metrics,
         )
         self._observer.on_quarantine = keeper.wake
-        for work, name in ((registry.census.run(), "census"), (keeper.run(), "quarantines")):
+        following = follow_principals(self._principals, self._quotas, self.metrics.principals)
+        for work, name in (
+            (registry.census.run(), "census"),
+            (keeper.run(), "quarantines"),
+            (self._pressure.watch(), "memory"),
+            (following, "principals"),
+        ):
             self._closing.push_async_callback(WatchedTask(work, name).stop)
 
     def _bind(self) -> None:
@@ -235,41 +259,29 @@ class Server:
         watch = WatchedTask(while_alive(metrics.thread), "metrics endpoint")
         self._closing.push_async_callback(watch.stop)
         self.admin_address = Address(admin.host, metrics.port)
-        with needed(ServerExit.PORT_IN_USE, f"cannot listen on {self.address}"):
-            self.address = self._rpc.bind(self.address)
         self._close_later(PART_SECONDS, "the connections do not close", self._stop_rpc)
+        for which, address in enumerate(self.addresses):
+            with needed(ServerExit.PORT_IN_USE, f"cannot listen on {address}"):
+                self.addresses[which] = self._rpc.bind(address, which)
 
     async def _open_training(self, registry: Registry) -> JobQueue | None:
         """Opens the queue of training jobs; None if training is off. Raises StartFailure."""
-        config = self._config
-        if not config.training:
+        if not self._config.training:
             return None
-        program = config.trainer or [sys.executable, "-m", "loraplex_training"]
-        trainer = Trainer(
-            program,
-            {**config.trainer_options(), "device": self.engine.hello.model.device},
-            memory=int(config.training_memory),
-            threads=config.trainer_threads,
-            timeout=config.training_timeout,
-            lane=self._lanes.training,
-            environment=config.trainer_environment(os.environ),
-        )
-        bounds = JobLimits(
-            config.training_max_jobs, config.training_keep_jobs, int(config.training_data)
-        )
-        queue = JobQueue(
-            Records(config.training_jobs_dir),
-            trainer,
-            RegistryDestination(registry),
-            self.metrics,
-            config.import_root,
-            bounds,
-        )
+        queue = job_queue(self._config, registry, self.metrics, self._principals)
         with needed(ServerExit.STORE_UNUSABLE, "cannot use"):
             await queue.open()
         stop = partial(self._stop_training, STOP_GRACE)
         self._close_later(TRAINING_SECONDS, "the training does not stop", stop)
         return queue
+
+    def _principals(self) -> Mapping[str, Principal]:
+        """The principals by name; none where callers are not authenticated."""
+        return {} if self._directory is None else self._directory.principals
+
+    async def _close_audit(self) -> None:
+        self._audit.finish()
+        await asyncio.to_thread(self._audit.sink.close)
 
     async def _stop_rpc(self) -> None:
         if self._accepting is not None:
@@ -292,24 +304,11 @@ class Server:
         self._closing.push_async_callback(bounded)
 
     async def _open_store(self) -> Store:
-        def work() -> Store:
-            self._config.prepare_import_root()
-            bounds = UploadBounds(max_weights_bytes=int(self._config.max_adapter_file))
-            return Store(self._config.store, self._config.store_url.get_secret_value(), bounds)
-
         with needed(ServerExit.STORE_UNUSABLE, "cannot use"):
-            store = await asyncio.to_thread(work)
+            store = await asyncio.to_thread(parts.store_of, self._config)
         close = partial(asyncio.to_thread, store.close)
         self._close_later(PART_SECONDS, "the store does not close", close)
         return store
-
-
-def _engine(config: Config, observer: ServerObserver, spawned: SpawnedEngine | None) -> Engine:
-    """The engine of a server: one process, or one for each of several devices."""
-    command, limits = config.engine_setup().command(), config.supervision_limits()
-    if not config.placements:
-        return EngineClient(command, observer, limits=limits, spawned=spawned)
-    return EngineGroup([(each, command) for each in config.placements], observer, limits)
 
 
 async def run(config: Config, engine: SpawnedEngine | None = None) -> ServerExit:
@@ -387,6 +386,8 @@ def _announce(server: Server, seconds: float) -> None:
     """Prints that the server is ready."""
     model = server.engine.hello.model
     where = f"grpc {server.address} admin {server.admin_address}"
+    if server.manage_address is not None:
+        where += f" manage {server.manage_address}"
     devices = ", ".join(member.device for member in members(server.engine))
     what = f"{model.name} ({model.base.dtype} on {devices})"
     print(f"ready: {where} model {what} in {seconds:.1f} s", flush=True)

@@ -13,56 +13,41 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry
 
 from loraplex_server.engine.messages import Hello, LoadDone, MergeDone, StepReport
-from loraplex_server.series import ADAPTER_STATES, BASE_LABEL, OTHER_LABEL, Series
+from loraplex_server.name_labels import NameLabels
+from loraplex_server.principal_series import PrincipalSeries
+from loraplex_server.series import ADAPTER_STATES, Series
 from loraplex_server.step_series import StepSeries
-
-
-class AdapterLabels:
-    """Chooses the adapter names that become labels: the first `limit` registered ones in use."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._registered: set[str] = set()
-        self._labels: set[str] = set()
-
-    def __len__(self) -> int:
-        return len(self._registered)
-
-    def add(self, name: str) -> None:
-        """Records that the name is registered. Idempotent."""
-        self._registered.add(name)
-
-    def label(self, name: str) -> str:
-        """Label for an adapter's name; "" is the base model."""
-        if not name:
-            return BASE_LABEL
-        if name in self._labels:
-            return name
-        if name not in self._registered or len(self._labels) >= self._limit:
-            return OTHER_LABEL
-        self._labels.add(name)
-        return name
-
-    def remove(self, name: str) -> bool:
-        """Records that the name is no longer registered; returns whether it was a label."""
-        self._registered.discard(name)
-        if name not in self._labels:
-            return False
-        self._labels.remove(name)
-        return True
+from loraplex_server.telemetry.residency import AdapterResidency
+from loraplex_server.telemetry.trace import NO_TRACING, Tracing, open_tracing
 
 
 class Metrics:
-    """Writes the series of one server. It is also an observer of the engine."""
+    """Writes the series of one server. It is also an observer of the engine.
+
+    Attributes:
+        series: the families that it writes.
+        residency: which adapters are on the devices, for inference gateways.
+        tracing: makes the spans of calls; by default it makes none.
+        principals: the series of identified callers.
+    """
 
     def __init__(
         self, registry: CollectorRegistry, version: str = "", adapter_labels: int = 200
     ) -> None:
         self.registry = registry
         self.series = Series(registry)
-        self._labels = AdapterLabels(adapter_labels)
+        self.residency = AdapterResidency()
+        registry.register(self.residency)
+        self.tracing: Tracing = NO_TRACING
+        self._version = version
+        self._labels = NameLabels(adapter_labels)
         self._steps = StepSeries(self.series)
+        self.principals = PrincipalSeries(self.series)
         self.series.build_info.labels(version).set(1)
+
+    def trace_to(self, endpoint: str) -> None:
+        """Sends the spans of calls to `endpoint`, if that is not empty. Raises StartFailure."""
+        self.tracing = open_tracing(endpoint, self._version, self.spans_ended)
 
     # events of the engine
 
@@ -85,6 +70,8 @@ class Metrics:
         ):
             series.adapter_budget_bytes.labels(tier).set(budget)
         self._steps.show_ready(hello.num_blocks, hello.prefix_blocks)
+        series.kv_cache_info.clear()
+        series.kv_cache_info.labels(str(hello.block_size), str(hello.num_blocks)).set(1)
         self._clear_adapters()
         series.engine_ready.set(1)
 
@@ -135,6 +122,14 @@ class Metrics:
             self.series.adapters.labels(state).set(0)
 
     # events of the RPC layer
+
+    def spans_ended(self, result: str, spans: int) -> None:
+        """Records that spans were "exported" or that this has "failed". Called in any thread."""
+        self.series.trace_spans.labels(result).inc(spans)
+
+    def audit_lines(self, result: str, count: int) -> None:
+        """Counts lines of the audit log: "written", "lost", or "left_out" for too many refusals."""
+        self.series.audit_lines.labels(result).inc(count)
 
     def rpc_ended(self, method: str, code: str, seconds: float, reason: str = "") -> None:
         """Records an RPC's gRPC code and, if it failed, its reason of the error table."""

@@ -20,7 +20,7 @@ PANELS: Final = {
     "store": "Files",
     "host": "Network",
     "principals": "Access",
-    "gpu_memory": "Memory",
+    "memory_limit": "Memory",
     "max_rank": "Adapters",
     "max_context": "Requests",
     "training": "Training",
@@ -117,6 +117,9 @@ class ServerSettings(BaseSettings):
     """File to which a line of JSON is added for every call that changes something, and for every
     refused credential. If empty, these lines go to the log."""
 
+    memory_limit: ByteSize = ByteSize(0)
+    """Memory that all processes of the server may use together; near it, what would need more is
+    refused, and at it new requests. 0 uses 90 % of the memory of the machine or the container."""
     gpu_memory: float = Field(0.9, gt=0, le=1)
     """Fraction of a GPU's memory that may be in use, that of other processes included. Without
     effect on a CPU."""
@@ -215,6 +218,9 @@ class ServerSettings(BaseSettings):
     """Format of log lines: `text` for people, `json` for programs."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level that is logged."""
+    otlp_endpoint: str = Field("", pattern=r"^(https?://\S+)?$")
+    """OpenTelemetry collector (OTLP over gRPC) to which spans of calls are sent, as a URL such as
+    http://localhost:4317. If empty, calls are not traced and nothing is connected to."""
 
     engine_factory: str = Field("", repr=False, pattern=r"^([\w.]+:\w+)?$")
     """Function that builds the engine's runner in tests, as `module:name`; empty: a real model."""

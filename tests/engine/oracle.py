@@ -34,7 +34,7 @@ import numpy as np
 from adapters.adapter_files import base_info
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_server.engine.messages import AdapterRef, ModelInfo
+from loraplex_server.engine.messages import AdapterRef, ModelInfo, files_digest
 from loraplex_server.engine.process.wire import DEVICE_VARIABLE
 from loraplex_server.engine.runner.protocol import DeviceLost, OutOfDeviceMemory
 
@@ -248,7 +248,7 @@ class OracleRunner:
                 raise SystemExit  # ends the thread that reads
             raise Refusal(options["fail"], f"made to fail: {options['fail']}", "path")
         adapter = OracleAdapter(
-            ref.digest,
+            files_digest(ref.digest),
             options.get("nbytes", size),
             options.get("nonfinite", False),
             options.get("virtual", 0),

@@ -135,9 +135,9 @@ def test_new_accounts_that_keep_arriving_starve_nobody() -> None:
     assert account is not None
     account.counter = 1e9
     starts = 0
-    queue._last.counter = 0.0
+    queue._contest._last.counter = 0.0
     queue.join(request(3, "new-3", at=3.0))
-    other = queue._accounts["new-3"]
+    other = queue._accounts["", "new-3"]
     other.counter = 0.0  # as if it had come before the counter of `old` grew
     for number in range(4, 200):
         queue.join(request(number, f"new-{number}", at=float(number)))
@@ -161,7 +161,7 @@ def test_whatever_happens_no_request_is_lost_and_counters_only_grow(
     queue = FairQueue({"0": 3.0})
     waiting: dict[int, tuple[Request, int]] = {}
     running: list[Request] = []
-    counters: dict[str, float] = {}
+    counters: dict[tuple[str, str], float] = {}
     starts = 0
     for number in range(300):
         match rng.choice(["join", "join", "start", "start", "end", "preempt", "drop", "charge"]):

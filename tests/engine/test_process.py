@@ -338,7 +338,7 @@ async def test_an_engine_that_sends_garbage_is_replaced(tmp_path: Path) -> None:
             from loraplex_server.engine.process import wire
             from loraplex_server.engine.messages import Hello
             s = socket.socket(fileno=int(os.environ[wire.SOCKET_VARIABLE]))
-            s.sendall(wire.encode(Hello(OracleRunner().info, 64, 4, 1000)))
+            s.sendall(wire.encode(Hello(OracleRunner().info, 64, 4, 1000, num_slots=4)))
             s.recv(1)
             s.sendall(b"\\xff" * 100)
             s.recv(1 << 20)

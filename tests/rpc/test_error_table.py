@@ -43,6 +43,7 @@ from rpc.harness import (
     until,
     write_adapter,
 )
+from rpc.principals import acting, limited
 from rpc.training_jobs import order, settings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -115,6 +116,12 @@ async def prompt_too_long(up: Running, patch: pytest.MonkeyPatch) -> None:
 @raises(Reason.REQUEST_MALFORMED)
 async def request_malformed(up: Running, patch: pytest.MonkeyPatch) -> None:
     await up.channel.unary_unary("/loraplex.v1.GenerationService/Generate")(b"\xff\xff\xff")
+
+
+@raises(Reason.QUOTA_EXCEEDED)
+async def quota_exceeded(up: Running, patch: pytest.MonkeyPatch) -> None:
+    with acting(patch).as_(limited(tokens_per_minute=1)):
+        await up.generation.Generate(ask(20, 21))
 
 
 @raises(Reason.ADAPTER_NOT_FOUND)

@@ -25,6 +25,7 @@ from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.exits import ServerExit
 from loraplex_server.registry import quarantine
 from loraplex_server.registry.feed import AdapterFeed
+from loraplex_server.registry.view import View
 from loraplex_server.rpc.services import generation
 from prometheus_client import exposition
 from rpc.harness import Running, ask, config_for, expected, refusal, running, until
@@ -218,7 +219,7 @@ async def test_the_end_of_the_feed_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     loop.set_exception_handler(lambda loop, context: ended.append(context["watched_task"]))
     monkeypatch.setattr(AdapterFeed, "_follow", failing)
     feed = AdapterFeed(failing, failing)
-    with feed.watch():
+    with feed.watch(View()):
         await until(lambda: bool(ended))
     assert ended == ["adapter feed"]
 

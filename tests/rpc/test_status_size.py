@@ -38,7 +38,7 @@ def on_the_wire(error: Refusal) -> int:
     """Bytes of the trailers and the message, with the overhead that HTTP/2 counts."""
     status = status_of(error, REQUEST_ID)
     sent = [("grpc-message", quote(status.message, safe=_UNENCODED)), ("grpc-status", "13")]
-    for name, value in trailers_of(status, error.reason, REQUEST_ID):
+    for name, value in trailers_of(status, error, REQUEST_ID):
         size = -(-len(value) // 3) * 4 if isinstance(value, bytes) else len(value)
         sent.append((name, "x" * size))
     return sum(len(name) + len(value) + 32 for name, value in sent)

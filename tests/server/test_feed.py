@@ -9,7 +9,9 @@ import pytest
 from loraplex_adapters.store import Record
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.engine.messages import AdapterStatus
-from loraplex_server.registry.feed import AdapterFeed, Catalogue, Change, Watcher
+from loraplex_server.registry.catalogue import Catalogue
+from loraplex_server.registry.feed import AdapterFeed, Change, Watcher
+from loraplex_server.registry.view import View
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -72,7 +74,7 @@ async def test_every_move_between_tiers_is_one_change(before: str, after: str) -
         return [AdapterStatus("sha256:a1", state, 1, 0)] if state else []
 
     shop.feed.on_table(table(before))
-    with shop.feed.watch() as watcher:
+    with shop.feed.watch(View()) as watcher:
         snapshot = await shop.feed.table(watcher)
         assert (snapshot.rows[0].status is None) == (not before)
         shop.feed.on_table(table(after))
@@ -92,7 +94,7 @@ async def test_every_move_between_tiers_is_one_change(before: str, after: str) -
 async def test_a_name_of_the_same_bytes_is_told_of_too() -> None:
     shop = Shop()
     shop.put(record("a", digest="sha256:x"), record("b", digest="sha256:x"))
-    with shop.feed.watch() as watcher:
+    with shop.feed.watch(View()) as watcher:
         await shop.feed.table(watcher)
         shop.feed.on_table([AdapterStatus("sha256:x", "resident", 1, 0, pinned=True)])
         taken = await watcher.take()
@@ -108,7 +110,7 @@ async def test_a_name_of_the_same_bytes_is_told_of_too() -> None:
 async def test_a_store_that_fails_for_a_while_costs_no_change() -> None:
     shop = Shop(poll_seconds=0.01)
     shop.put(record("a"))
-    with shop.feed.watch() as watcher:
+    with shop.feed.watch(View()) as watcher:
         await shop.feed.table(watcher)
         shop.broken = True
         reads = shop.reads
@@ -122,7 +124,7 @@ async def test_a_store_that_fails_for_a_while_costs_no_change() -> None:
 async def test_a_store_that_fails_at_the_start_is_told_to_the_watcher() -> None:
     shop = Shop()
     shop.broken = True
-    with shop.feed.watch() as watcher, pytest.raises(Refusal):
+    with shop.feed.watch(View()) as watcher, pytest.raises(Refusal):
         await shop.feed.table(watcher)
     assert len(shop.feed) == 0
 
@@ -130,7 +132,7 @@ async def test_a_store_that_fails_at_the_start_is_told_to_the_watcher() -> None:
 async def test_what_waits_for_a_reader_is_bounded_and_the_others_lose_nothing() -> None:
     shop = Shop(backlog=4)
     shop.put(record("a"))
-    with shop.feed.watch() as slow, shop.feed.watch() as quick:
+    with shop.feed.watch(View()) as slow, shop.feed.watch(View()) as quick:
         for watcher in (slow, quick):
             await shop.feed.table(watcher)
         for turn in range(50):
@@ -157,7 +159,7 @@ async def test_while_nobody_watches_nobody_reads() -> None:
 async def test_the_feed_ends_with_its_last_watcher_even_as_the_store_changes(ticks: int) -> None:
     shop = Shop()
     before = asyncio.all_tasks()
-    with shop.feed.watch():
+    with shop.feed.watch(View()):
         for _ in range(3):
             await asyncio.sleep(0)  # the feed waits for a change
         shop.feed.changed()

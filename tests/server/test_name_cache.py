@@ -19,7 +19,7 @@ class World:
         self.counts_read = 0
         self.meaning = {"a": "1", "b": "2", "c": "3"}
         self.asked: list[str] = []
-        self.cache: NameCache[str] = NameCache(self.changes, size=2, clock=lambda: self.now)
+        self.cache: NameCache[str, str] = NameCache(self.changes, size=2, clock=lambda: self.now)
 
     async def changes(self) -> int:
         self.counts_read += 1

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_server.access.principals import Principal
 from loraplex_server.training import queue as module
 from loraplex_server.training.jobs import (
     FailureRecord,
     JobOrder,
+    JobOwner,
     JobRecord,
     ProgressRecord,
     ResultRecord,
@@ -36,14 +38,16 @@ class Shelf:
 
     failures: list[Refusal] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
+    owners: list[JobOwner] = field(default_factory=list)
     gate: asyncio.Event | None = None
 
-    async def check(self, order: JobOrder) -> None:
+    async def check(self, order: JobOrder, principal: Principal) -> None:
         """Everything is free."""
 
-    async def deliver(self, folder: Path, order: JobOrder) -> ResultRecord:
+    async def deliver(self, folder: Path, order: JobOrder, owner: JobOwner) -> ResultRecord:
         """Notes what it is given."""
         self.folders.append(folder)
+        self.owners.append(owner)
         if self.gate is not None:
             await self.gate.wait()
         if self.failures:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from loraplex_adapters.store.files.uploads import UploadBounds, Uploads
 from loraplex_adapters.store.garbage import Collected
 from loraplex_adapters.store.index import schema
 from loraplex_adapters.store.index.aliases import Aliases
+from loraplex_adapters.store.index.allotment import Allotment, Allotments
 from loraplex_adapters.store.index.database import Database
 from loraplex_adapters.store.index.ids import AdapterId, check_name, parse_id
 from loraplex_adapters.store.index.index import Index
@@ -30,6 +30,7 @@ from loraplex_adapters.store.index.labels import check_keys, check_labels
 from loraplex_adapters.store.index.quarantines import Quarantines
 from loraplex_adapters.store.index.rebases import Rebase, Rebases
 from loraplex_adapters.store.index.records import Alias, Page, Quarantine, Record
+from loraplex_adapters.store.index.selector import EVERYTHING, LabelSelector
 from loraplex_adapters.store.index.texts import VersionText
 from loraplex_adapters.store.survey import Surveyed, Verified, survey
 
@@ -39,24 +40,19 @@ GRACE_SECONDS = 7 * 24 * 3600.0
 """Default time for which a deletion can be undone."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Staged:
-    """A checked copy, and what puts it into the store within a change of the index."""
-
-    spec: CheckedAdapter
-    place: Callable[[], bool]
-
-
 class Store:
     """Adapters on disk. Safe to use from several threads, processes and servers at once.
 
     An id is "name" (the current version, or that of an alias), "name@3" or "name@sha256:<hex>".
+    Versions that a method's `seen` does not select do not exist for it (ADAPTER_NOT_FOUND), but it
+    does not take their names and aliases either (PERMISSION_DENIED).
     Every method blocks, so that it belongs in a worker thread, and may raise `Refusal` with reason
     STORE_FULL or STORE_UNAVAILABLE if the disk or the database fails. Once a method that changes
     something has returned, the change survives a power failure.
 
     Attributes:
         uploads: the unfinished uploads, which `finish_upload` registers.
+        allotments: what principals have in the store, and early refusals because of it.
     """
 
     def __init__(self, root: Path, url: str = "", uploads: UploadBounds | None = None) -> None:
@@ -80,6 +76,7 @@ class Store:
                 self._aliases = Aliases(self._database)
                 self._quarantines = Quarantines(self._database)
                 self._rebases = Rebases(self._database)
+                self.allotments = Allotments(self._database)
                 self.uploads = Uploads(root, uploads or UploadBounds())
                 self.uploads.clear()
                 self.uploads.expire()
@@ -99,17 +96,18 @@ class Store:
         *,
         expected_digest: str = "",
         text: VersionText | None = None,
+        seen: LabelSelector = EVERYTHING,
+        allotment: Allotment | None = None,
     ) -> tuple[Record, bool]:
         """Checks and copies the adapter in `source` and points `name` to it, as a new version.
 
         Returns the version, and whether it is new: False if `name` already points to this content;
         `labels` are then added to those that the version has, and the version is recorded for
         `base`. The check that decides reads the copy, so that later changes of the files have no
-        effect; the version has its `notes`. The same content with another `text` is another
-        version.
+        effect; the version has its `notes`. Content with another `text` is another version.
         Raises Refusal: FIELD_INVALID (name, labels, text), ADAPTER_CONFLICT (the name points to
         other content and `replace` is not set, or it is an alias), ADAPTER_INVALID (field "digest":
-        the digest is not `expected_digest`), and as `format.examine.inspect` does.
+        the digest is not `expected_digest`), QUOTA_EXCEEDED, and as `format.examine.inspect` does.
         """
         check_name(name)
         checked = check_labels(labels or {})
@@ -122,11 +120,11 @@ class Store:
             # Checked first without the weights, before gigabytes are copied.
             if findings := examine_header(src, base, limits).findings:
                 raise Refusal.of(findings)
-            with self._staged(src, base, limits, expected_digest) as staged:
+            with self._staged(src, base, limits, expected_digest) as (spec, place):
                 record, created = self._index.point(
-                    name, staged.spec, base, checked, replace, staged.place, text
+                    name, spec, base, checked, replace, place, text, seen, allotment
                 )
-                return record.noted(staged.spec.notes), created
+                return record.noted(spec.notes), created
 
     def admit(
         self,
@@ -144,17 +142,17 @@ class Store:
             digest_hex(expected_digest)
         with (
             opened(source) as src,
-            self._staged(src, base, limits or AdapterLimits(), expected_digest) as staged,
+            self._staged(src, base, limits or AdapterLimits(), expected_digest) as (spec, place),
             self._database.writing(),
         ):
-            staged.place()
-            return staged.spec.digest
+            place()
+            return spec.digest
 
     @contextmanager
     def _staged(
         self, source: Directory, base: BaseInfo, limits: AdapterLimits, expected_digest: str
-    ) -> Iterator[_Staged]:
-        """A checked copy of an adapter, which is removed at the end unless it was placed."""
+    ) -> Iterator[tuple[CheckedAdapter, Callable[[], bool]]]:
+        """A checked copy, removed at the end unless placed, and what places it in a change."""
         with self._blobs.staged(source, limits.max_weights_bytes) as copy:
             spec = inspect(copy, base, limits)
             if expected_digest not in ("", spec.digest):
@@ -162,36 +160,33 @@ class Store:
                 raise Refusal(Reason.ADAPTER_INVALID, message, "digest")
             # Read here and not in the change of the index, which excludes all other changes.
             keep = self._blobs.is_intact(spec.digest)
-            yield _Staged(spec, partial(self._blobs.place, copy, spec.digest, keep=keep))
+            yield spec, partial(self._blobs.place, copy, spec.digest, keep=keep)
 
-    def resolve(self, adapter_id: str) -> Record:
+    def resolve(self, adapter_id: str, seen: LabelSelector = EVERYTHING) -> Record:
         """Returns the version that an id means now.
 
         Raises Refusal: FIELD_INVALID (not an id), ADAPTER_NOT_FOUND.
         """
-        return self._index.find(parse_id(adapter_id))
+        return self._index.find(parse_id(adapter_id), seen)
 
     def get(self, name: str, version: int | None = None) -> Record:
         """Returns the current or the given version of `name`; raises as `resolve` does."""
         return self._index.find(AdapterId(check_name(name), version))
 
     def page(
-        self, page_size: int = 0, page_token: str = "", labels: Mapping[str, str] | None = None
+        self,
+        page_size: int = 0,
+        page_token: str = "",
+        labels: Mapping[str, str] | None = None,
+        seen: LabelSelector = EVERYTHING,
     ) -> Page:
         """A page of the current versions that carry all of `labels`, in the order of names.
 
         `page_size` 0 means 100; more than 1000 means 1000. Raises Refusal(FIELD_INVALID).
         """
         checked = check_labels(labels or {})
-        if page_size < 0:
-            raise Refusal(Reason.FIELD_INVALID, "page_size must not be negative", "page_size")
-        if page_token:
-            try:
-                check_name(page_token)
-            except Refusal:
-                message = "page_token must be a next_page_token of an earlier page"
-                raise Refusal(Reason.FIELD_INVALID, message, "page_token") from None
-        return self._index.page(page_token, min(page_size or DEFAULT_PAGE, MAX_PAGE), checked)
+        size = min(page_size or DEFAULT_PAGE, MAX_PAGE)
+        return self._index.page(page_token, size, checked, seen)
 
     def current(self, labels: Mapping[str, str] | None = None) -> Iterator[Record]:
         """All current versions that carry `labels`, in the order of names, read in pages."""
@@ -207,9 +202,9 @@ class Store:
         """Counter that grows with every change of names, aliases and labels by any process."""
         return self._index.change_counter()
 
-    def versions(self, name: str) -> tuple[Record, ...]:
+    def versions(self, name: str, seen: LabelSelector = EVERYTHING) -> tuple[Record, ...]:
         """All versions of a name, newest first. Raises Refusal as `get` does."""
-        return self._index.versions(check_name(name))
+        return self._index.versions(check_name(name), seen)
 
     def chat_template(self, sha256: str) -> str:
         """Source of a chat template that a version was registered with.
@@ -219,16 +214,26 @@ class Store:
         return self._index.chat_template(sha256)
 
     def label(
-        self, adapter_id: str, labels: Mapping[str, str], remove: Collection[str] = ()
+        self,
+        adapter_id: str,
+        labels: Mapping[str, str],
+        remove: Collection[str] = (),
+        seen: LabelSelector = EVERYTHING,
     ) -> Record:
         """Removes the labels `remove` from a version, then adds `labels`; returns the version.
 
         Raises Refusal: FIELD_INVALID (id, labels, too many labels), ADAPTER_NOT_FOUND.
         """
         check_keys(remove)
-        return self._index.label(parse_id(adapter_id), check_labels(labels), remove)
+        return self._index.label(parse_id(adapter_id), check_labels(labels), remove, seen)
 
-    def set_alias(self, alias: str, adapter_id: str, expected: str | None = None) -> Alias:
+    def set_alias(
+        self,
+        alias: str,
+        adapter_id: str,
+        expected: str | None = None,
+        seen: LabelSelector = EVERYTHING,
+    ) -> Alias:
         """Points `alias`, which may be new, to the version that `adapter_id` means now.
 
         `expected` is the id that the alias must point to before, "" if it must not exist yet, None
@@ -237,31 +242,33 @@ class Store:
         """
         check_name(alias)
         before = parse_id(expected) if expected else expected
-        return self._aliases.set(alias, parse_id(adapter_id), before)
+        return self._aliases.set(alias, parse_id(adapter_id), before, seen)
 
-    def delete_alias(self, alias: str) -> None:
+    def delete_alias(self, alias: str, seen: LabelSelector = EVERYTHING) -> None:
         """Deletes an alias. Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND."""
-        self._aliases.delete(check_name(alias))
+        self._aliases.delete(check_name(alias), seen)
 
     def aliases(self) -> tuple[Alias, ...]:
         """All aliases in order, including those of deleted versions, which do not resolve."""
         return self._aliases.all()
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, seen: LabelSelector = EVERYTHING) -> None:
         """Deletes a name and its versions; `restore` undoes that until `gc` removes them.
 
         The name's version numbers are never used again. Raises Refusal: FIELD_INVALID,
         ADAPTER_NOT_FOUND.
         """
-        self._index.delete(check_name(name))
+        self._index.delete(check_name(name), seen)
 
-    def restore(self, name: str) -> Record:
+    def restore(
+        self, name: str, seen: LabelSelector = EVERYTHING, allotment: Allotment | None = None
+    ) -> Record:
         """Undoes the last deletion of a name; returns its current version.
 
         Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND (all its versions have been collected),
-        ADAPTER_CONFLICT (the name has been given to an adapter or an alias since).
+        ADAPTER_CONFLICT (the name has been given to an adapter or an alias since), QUOTA_EXCEEDED.
         """
-        return self._index.restore(check_name(name))
+        return self._index.restore(check_name(name), seen, allotment)
 
     def deleted(self) -> tuple[Record, ...]:
         """The deleted versions that are not collected yet, in order of names and versions."""
@@ -329,15 +336,19 @@ class Store:
         labels: Mapping[str, str] | None = None,
         *,
         text: VersionText | None = None,
+        seen: LabelSelector = EVERYTHING,
+        owner: str | None = None,
+        allotment: Allotment | None = None,
     ) -> tuple[Record, bool]:
         """Registers an upload whose digest is `expected_digest` ("" for any), and removes it.
 
         A refused upload stays; it can be finished in another way or aborted. Raises Refusal:
-        UPLOAD_NOT_FOUND, FIELD_INVALID (digest), and as `register` does.
+        UPLOAD_NOT_FOUND (as `Uploads.reading`), FIELD_INVALID (digest), and as `register` does.
         """
-        with self.uploads.reading(upload_id, remove=True) as source:
+        with self.uploads.reading(upload_id, owner, remove=True) as source:
             terms = (name, source, base, limits, replace, labels)
-            return self.register(*terms, expected_digest=expected_digest, text=text)
+            more = {"expected_digest": expected_digest, "text": text, "seen": seen}
+            return self.register(*terms, **more, allotment=allotment)
 
     def path(self, digest: str) -> Path:
         """Returns the directory of the adapter with this digest.
@@ -368,19 +379,12 @@ class Store:
     def verify_all(self) -> Iterator[Verified]:
         """Verifies the content of every version, including deleted ones, in order of digests."""
         for digest, versions in self._index.users().items():
-            yield self._verified(digest, versions)
+            yield Verified.by(self._blobs.check, digest, versions)
 
     def verify_version(self, adapter_id: str) -> Verified:
         """Verifies the content of one version. Raises Refusal as `resolve` does."""
         record = self.resolve(adapter_id)
-        return self._verified(record.digest, (record.id,))
-
-    def _verified(self, digest: str, versions: tuple[str, ...]) -> Verified:
-        try:
-            self._blobs.check(digest)
-        except Refusal as error:
-            return Verified(digest, versions, error)
-        return Verified(digest, versions, None)
+        return Verified.by(self._blobs.check, record.digest, (record.id,))
 
     def close(self) -> None:
         """Closes the index and removes the staging area. Idempotent."""

@@ -32,6 +32,15 @@ class Verified:
     versions: tuple[str, ...]
     error: Refusal | None
 
+    @classmethod
+    def by(cls, check: Callable[[str], None], digest: str, versions: tuple[str, ...]) -> Verified:
+        """The outcome of `check`, which raises Refusal for a damaged blob."""
+        try:
+            check(digest)
+        except Refusal as error:
+            return cls(digest, versions, error)
+        return cls(digest, versions, None)
+
 
 @dataclass(frozen=True, slots=True)
 class Surveyed:

@@ -7,6 +7,7 @@ exception.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum, auto
@@ -211,6 +212,9 @@ class Subject:
 
 NO_SUBJECT: Final = Subject()
 
+PRINCIPAL_PREFIX: Final = "principal:"
+"""What the subject of a refusal for a principal's limit begins with, before its name."""
+
 SHOWN_PROBLEMS: Final = 3
 """Number of problems that the message of `Refusal.listing` repeats."""
 
@@ -223,6 +227,8 @@ class Refusal(Exception):
             any client; others are for the operator and may name paths.
         problems: everything that is wrong, at least one.
         subject: what the refusal is about, where it is a resource.
+        retry_seconds: pause after which the same may succeed, in seconds; None for the usual one of
+            the reason.
     """
 
     def __init__(
@@ -233,6 +239,7 @@ class Refusal(Exception):
         *,
         problems: Iterable[Problem] = (),
         subject: Subject = NO_SUBJECT,
+        retry_seconds: float | None = None,
     ) -> None:
         """`field` names what is at fault where `problems` are not given."""
         super().__init__(message)
@@ -243,6 +250,7 @@ class Refusal(Exception):
             problem if problem.reason else replace(problem, reason=reason) for problem in listed
         )
         self.subject = subject
+        self.retry_seconds = retry_seconds
 
     @property
     def field(self) -> str:
@@ -276,3 +284,19 @@ def model_invalid(message: str) -> Refusal:
 def model_unsupported(message: str) -> Refusal:
     """The refusal of a base model that is intact but of a kind that is not supported."""
     return Refusal(Reason.MODEL_UNSUPPORTED, message)
+
+
+def quota_exceeded(
+    principal: str, limit: str, text: str, retry_seconds: float = math.inf
+) -> Refusal:
+    """The refusal for one of a principal's limits, by its name.
+
+    `text` continues "the principal NAME". With infinite `retry_seconds`, time alone does not help.
+    """
+    return Refusal(
+        Reason.QUOTA_EXCEEDED,
+        f"the principal {principal} {text} ({limit})",
+        limit,
+        subject=Subject("loraplex.Principal", PRINCIPAL_PREFIX + principal),
+        retry_seconds=retry_seconds,
+    )

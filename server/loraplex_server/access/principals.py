@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Final
 
-from loraplex_adapters.store import LabelSelector
+from loraplex_adapters.store import EVERYTHING, NOTHING, LabelSelector
 
 from loraplex_server.access.roles import ALL_ROLES, Role
 
@@ -48,7 +48,10 @@ class Principal:
         imports: directory below the import root that its paths are relative to and stay in; ""
             for the import root itself, None if it may not name files of the server.
         cache_group: principals with the same value may use each other's prefix cache.
+        weight: its share of the engine while others wait, in proportion to theirs.
         limits: what it may use.
+        own_copies: whether the engine loads adapters for the cache group alone, so that loads,
+            evictions and use by others do not show in the times and states of its adapters.
     """
 
     name: str
@@ -58,7 +61,14 @@ class Principal:
     name_prefix: str = ""
     imports: str | None = None
     cache_group: str = ""
+    weight: float = 1.0
     limits: PrincipalLimits = field(default_factory=PrincipalLimits)
+    own_copies: bool = False
+
+    @property
+    def seen(self) -> LabelSelector:
+        """Selects the adapters that exist for it."""
+        return NOTHING if self.adapters is None else self.adapters
 
     @property
     def sees_all(self) -> bool:
@@ -69,8 +79,18 @@ class Principal:
         """Whether an adapter with these labels exists for it."""
         return self.adapters is not None and self.adapters.matches(labels)
 
+    @property
+    def owner(self) -> str | None:
+        """Whose uploads and training jobs exist for it: its own; None stands for everybody's."""
+        return None if self.sees_all else self.name
 
-EVERYBODY: Final = Principal(name="", roles=ALL_ROLES, adapters=LabelSelector(), imports="")
+    @property
+    def copies(self) -> str:
+        """Whose copies of adapters the engine uses for it; "" for those that callers share."""
+        return (self.cache_group or self.name) if self.own_copies else ""
+
+
+EVERYBODY: Final = Principal(name="", roles=ALL_ROLES, adapters=EVERYTHING, imports="")
 """The caller of every call where callers are not authenticated."""
 
 _CALLER: Final[ContextVar[Principal]] = ContextVar("loraplex_caller")

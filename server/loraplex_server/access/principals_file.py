@@ -18,6 +18,7 @@ from loraplex_server.access.principals import Principal, PrincipalLimits
 from loraplex_server.access.refused import described, unreadable, unusable
 from loraplex_server.access.roles import Role
 from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
+from loraplex_server.fair_weights import MOST
 
 ALL: Final = frozenset({"", "*"})
 """Values of `adapters` that select every adapter."""
@@ -152,6 +153,7 @@ class _Entry(BaseModel):
     name_prefix: Annotated[str, Field(max_length=_MAX_NAME - 1), AfterValidator(_prefix)] = ""
     imports: Annotated[str, AfterValidator(_directory)] | None = None
     cache_group: Annotated[str, AfterValidator(_group)] = ""
+    weight: Annotated[float, Field(ge=1 / MOST, le=MOST, allow_inf_nan=False)] = 1.0
     certificates: _Identities = []
     subjects: _Identities = []
     limits: _Limits = _Limits()
@@ -169,6 +171,7 @@ class _Entry(BaseModel):
             name_prefix=self.name_prefix,
             imports=None if imports is None else "/".join(PurePosixPath(imports).parts),
             cache_group=self.cache_group or name,
+            weight=float(self.weight),
             limits=PrincipalLimits(**dict(self.limits)),
         )
 

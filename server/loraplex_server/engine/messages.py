@@ -1,7 +1,8 @@
 """The messages between the front process and the engine process: msgpack on a unix socket.
 
 Each frame is a 4-byte little-endian length and one msgpack-encoded message. Digests are
-`sha256:<64 hex>`. Times are seconds of `time.monotonic()`, which both processes share.
+`sha256:<64 hex>`, with an addition for copies of some callers (`held_by`). Times are seconds of
+`time.monotonic()`, which both processes share.
 """
 
 from __future__ import annotations
@@ -26,23 +27,45 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
-    """An adapter by its digest, the directory of its files, and the weight to apply."""
+    """An adapter by its digest, the directory of its files, and the weight to apply.
+
+    The digest of a copy that only some callers use is followed by their name (`held_by`): the
+    engine loads, uses and evicts it apart from the adapter of the same files that others use.
+    """
 
     digest: str
     path: str
     weight: float = 1.0
 
 
+def held_by(holder: str, digest: str) -> str:
+    """The engine's digest for the copy of `holder`; "" stands for all who have none of their own.
+
+    `digest` is that of the adapter's files.
+    """
+    return f"{digest}/{holder}" if holder else digest
+
+
+def files_digest(digest: str) -> str:
+    """The digest of an adapter's files, from the engine's digest."""
+    return digest.partition("/")[0]
+
+
+def holder_of(digest: str) -> str:
+    """Whose copy the engine's digest stands for; "" for the one that callers share."""
+    return digest.partition("/")[2]
+
+
 # front -> engine
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    """A new request. Answered by `Output`s in `StepReport`; the last has a finish or an error.
+    """A new request, answered by `Output`s; the last has a finish or an error.
 
     `stop_token_ids` includes the EOS ids unless they are to be ignored. `logprobs` and
     `prompt_logprobs` are numbers of alternatives to report; None reports no log-probabilities.
-    `account` is whom the tokens are charged to; `priority` orders the requests of one account.
-    Only requests with the same `cache_salt` share keys and values.
+    `account`, as a part of that of `principal` if there is one, with its `weight`, pays for tokens;
+    `priority` orders its requests. Only requests with the same `cache_salt` share keys and values.
     """
 
     id: int
@@ -57,6 +80,9 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     deadline: float | None = None
     account: str = ""
     cache_salt: str = ""
+    principal: str = ""
+    weight: float = 1.0
+    request_id: str = ""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -130,6 +156,12 @@ class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):
     op: int
 
 
+class LimitHost(msgspec.Struct, frozen=True, tag="limit_host"):
+    """Keep so many bytes of idle adapters in host memory; None: the budget. Not answered."""
+
+    nbytes: int | None
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """End the engine process now. The front drains before it sends this."""
 
@@ -137,7 +169,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 Control = Load | Unload | SetPinned | Merge | Unmerge | Withdraw
 """Orders about adapters, and their withdrawal."""
 
-ToEngine = Submit | Abort | Load | Unload | SetPinned | Merge | Unmerge | Withdraw | Shutdown
+ToEngine = Submit | Abort | Control | LimitHost | Shutdown
 
 # engine -> front
 
@@ -155,7 +187,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """The engine is ready."""
+    """The engine is ready. `num_slots` adapters can be on its device, whatever their size."""
 
     model: ModelInfo
     num_blocks: int
@@ -165,6 +197,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     merge_budget_bytes: int = 0
     prefix_blocks: int = 0
     """KV blocks beyond `num_blocks`, set aside for adapters' virtual tokens."""
+    num_slots: int = 0
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
@@ -196,7 +229,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     `token_ids`. `started` is set on a request's first output, when its prompt has been computed;
     `base_tokens` is then the number of prompt tokens that the base alone computed, of a request
     with an activated LoRA, and `cached_tokens` the number of those whose keys and values were found
-    in the KV cache, of any request.
+    in the KV cache, of any request. `queue_seconds` lasts until its first step, `load_seconds`
+    until its adapters are on the device; 0 if they are there when it arrives.
     """
 
     id: int
@@ -207,6 +241,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     base_tokens: int = 0
     cached_tokens: int = 0
     queue_seconds: float = 0.0
+    load_seconds: float = 0.0
     finish: str | None = None
     error: Failure | None = None
     stop_token: int | None = None
@@ -250,7 +285,7 @@ class AdapterStatus(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class StepStats(msgspec.Struct, frozen=True):
-    """State of the engine after one step. Gauges, unless stated otherwise."""
+    """State of the engine after one step. Gauges, or numbers since its start if so stated."""
 
     step: int
     step_seconds: float
@@ -262,11 +297,9 @@ class StepStats(msgspec.Struct, frozen=True):
     waiting: int
     free_blocks: int
     used_blocks: int
-    preemptions: int
-    """Number since the engine started."""
+    preemptions: int  # since the start
     adapter_bytes: int
-    evictions: int
-    """Number since the engine started."""
+    evictions: int  # since the start
     host_bytes: int = 0
     merged_bytes: int = 0
     prefix_blocks: int = 0
@@ -274,9 +307,9 @@ class StepStats(msgspec.Struct, frozen=True):
     merged_rows: int = 0
     """Number of rows of this step that used dense copies."""
     host_evictions: int = 0
-    """Adapters evicted from host memory, since the engine started."""
+    """Adapters evicted from host memory, since the start."""
     prefetches: int = 0
-    """Adapters read into host memory before they were needed, since the engine started."""
+    """Adapters read into host memory before they were needed, since the start."""
     prefetch_hits: int = 0
     """Number of these adapters that were then used."""
     waiting_turns: int = 0
@@ -286,21 +319,21 @@ class StepStats(msgspec.Struct, frozen=True):
     accounted_bytes: int = 0
     """Memory of the process before the first adapter, and that of all adapters by budget."""
     wasted_rows: int = 0
-    """Rows computed for requests that had ended meanwhile, since the engine started."""
+    """Rows computed for requests that had ended meanwhile, since the start."""
     out_of_memory: int = 0
-    """Passes for which device memory did not suffice, since the engine started."""
+    """Passes for which device memory did not suffice, since the start."""
     waiting_accounts: int = 0
     """Accounts with a request that waits for its start."""
     set_back: int = 0
-    """Requests that had to give up their adapter's place, since the engine started."""
+    """Requests that had to give up their adapter's place, since the start."""
     kept_blocks: int = 0
     """Blocks that the prefix cache has kept, in use or free."""
     prefix_lookups: int = 0
-    """Admissions of requests that may use blocks of the prefix cache, since the engine started."""
+    """Admissions of requests that may use blocks of the prefix cache, since the start."""
     prefix_hits: int = 0
     """Number of these that used some."""
     prefix_evictions: int = 0
-    """Blocks of the prefix cache that were reserved for other content, since the engine started."""
+    """Blocks of the prefix cache that were reserved for other content, since the start."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="step"):
@@ -342,7 +375,6 @@ class ControlDone(msgspec.Struct, frozen=True, tag="done"):
 
 class Attempt(msgspec.Struct, frozen=True, tag="attempt"):
     """Work on an adapter begins, or has ended. `work` is "load" or "merge".
-
     Sent at once and before the work begins, because the process may not survive the work.
     """
 
@@ -365,6 +397,4 @@ class Beat(msgspec.Struct, frozen=True, tag="beat"):
 Reply = ControlDone | LoadDone | MergeDone
 """Answers to orders, and notices of ended loads and merges."""
 
-FromEngine = (
-    Hello | Fatal | StepReport | PromptScores | LoadDone | MergeDone | ControlDone | Attempt | Beat
-)
+FromEngine = Hello | Fatal | StepReport | PromptScores | Reply | Attempt | Beat

@@ -3,6 +3,9 @@
 Changes are the differences between two readings of the store's catalogue and between two tables of
 the engine. The catalogue is read at once after a change by this process and once a second for
 changes by others; the engine's table comes with its steps. Without watchers nothing is read.
+
+A watcher is shown the differences of what exists for it: an adapter whose labels change so that it
+is not seen any more is deleted for the watcher.
 """
 
 from __future__ import annotations
@@ -10,17 +13,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
 from loraplex_adapters.store import Record
 from loraplex_model.base.refusal import Refusal
 
-from loraplex_server.engine.messages import AdapterStatus
+from loraplex_server.engine.messages import AdapterStatus, files_digest, holder_of
+from loraplex_server.registry.catalogue import Catalogue
+from loraplex_server.registry.view import AdapterRow, View
 from loraplex_server.runtime.watched import WatchedTask
 
 POLL_SECONDS: Final = 1.0
@@ -51,15 +56,6 @@ class Change(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterRow:
-    """An adapter: its record, None if no name points to it, and its status, None if not loaded."""
-
-    digest: str
-    record: Record | None
-    status: AdapterStatus | None
-
-
-@dataclass(frozen=True, slots=True)
 class Event:
     """A change and the adapter after it."""
 
@@ -69,26 +65,18 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
-class Catalogue:
-    """Content of the store: current versions by name, versions by alias, and the change count."""
-
-    names: Mapping[str, Record] = field(default_factory=dict)
-    aliases: Mapping[str, Record] = field(default_factory=dict)
-    count: int = -1
-
-
-@dataclass(frozen=True, slots=True)
 class FeedTable:
-    """All adapters at one moment, in the order of names."""
+    """All adapters of a view at one moment, in the order of names."""
 
     rows: Sequence[AdapterRow]
     aliases: Mapping[str, Record]
 
 
 class Watcher:
-    """One reader of the feed, with a bounded backlog of changes."""
+    """One reader of the feed, with a bounded backlog of changes; it is shown what `view` says."""
 
-    def __init__(self, backlog: int) -> None:
+    def __init__(self, backlog: int, view: View) -> None:
+        self.view = view
         self._events: deque[Event] = deque()
         self._backlog = backlog
         self._lost = False
@@ -150,9 +138,9 @@ class AdapterFeed:
         return len(self._watchers)
 
     @contextmanager
-    def watch(self) -> Iterator[Watcher]:
+    def watch(self, view: View) -> Iterator[Watcher]:
         """Adds a watcher for the duration of the context. Call `table` before reading from it."""
-        watcher = Watcher(self._backlog)
+        watcher = Watcher(self._backlog, view)
         self._watchers.add(watcher)
         if self._follower is None:
             self._follower = WatchedTask(self._follow(), "adapter feed")
@@ -171,9 +159,11 @@ class AdapterFeed:
         if self._catalogue is None:
             await self._refresh()
         # No await from here on, so no change is lost between the table and the first change.
-        catalogue = self._catalogue or Catalogue()
+        view = watcher.view
+        catalogue = (self._catalogue or Catalogue()).within(view.seen)
         watcher.restart()
-        rows = [self._row(record) for _, record in sorted(catalogue.names.items())]
+        records = sorted(catalogue.names.items())
+        rows = [view.row(record, self._statuses) for _, record in records]
         return FeedTable(rows, catalogue.aliases)
 
     def changed(self) -> None:
@@ -185,11 +175,13 @@ class AdapterFeed:
         before, self._statuses = self._statuses, {status.digest: status for status in table}
         if not self._watchers:
             return
+        views = self._views()
         for digest in {**before, **self._statuses}:
             old, new = before.get(digest), self._statuses.get(digest)
             for change in _moves(old, new):
-                for row in self._rows(digest):
-                    self._publish(Event(change, row))
+                for view, watchers in views.items():
+                    for row in self._rows(digest, view):
+                        _publish(Event(change, row), watchers)
 
     async def _follow(self) -> None:
         while True:
@@ -218,42 +210,56 @@ class AdapterFeed:
             for record in new.names.values():
                 self._by_digest.setdefault(record.digest, []).append(record)
             if old is not None:
-                for event in self._differences(old, new):
-                    self._publish(event)
+                for view, watchers in self._views().items():
+                    differences = _differences(old.within(view.seen), new.within(view.seen))
+                    for change, record, alias in differences:
+                        event = Event(change, view.row(record, self._statuses), alias)
+                        _publish(event, watchers)
 
-    def _differences(self, old: Catalogue, new: Catalogue) -> Iterator[Event]:
-        for name, record in new.names.items():
-            before = old.names.get(name)
-            if before is None:
-                yield Event(Change.REGISTERED, self._row(record))
-            elif before.version != record.version:
-                yield Event(Change.REPLACED, self._row(record))
-            elif before.labels != record.labels:
-                yield Event(Change.LABELLED, self._row(record))
-        for name, record in old.names.items():
-            if name not in new.names:
-                yield Event(Change.DELETED, self._row(record))
-        for alias in {**old.aliases, **new.aliases}:
-            left, now = old.aliases.get(alias), new.aliases.get(alias)
-            if left and now and (left.name, left.version) == (now.name, now.version):
-                continue
-            if left:
-                yield Event(Change.ALIAS_REMOVED, self._row(left), alias)
-            if now:
-                yield Event(Change.ALIAS_SET, self._row(now), alias)
-
-    def _publish(self, event: Event) -> None:
+    def _views(self) -> Mapping[View, Sequence[Watcher]]:
+        """The watchers by what they are shown."""
+        views: dict[View, list[Watcher]] = defaultdict(list)
         for watcher in self._watchers:
-            watcher.put(event)
+            views[watcher.view].append(watcher)
+        return views
 
-    def _row(self, record: Record) -> AdapterRow:
-        return AdapterRow(record.digest, record, self._statuses.get(record.digest))
-
-    def _rows(self, digest: str) -> list[AdapterRow]:
-        records = self._by_digest.get(digest)
-        if not records:
+    def _rows(self, digest: str, view: View) -> list[AdapterRow]:
+        """The rows of a view that tell of the engine's copy with this digest."""
+        if holder_of(digest) != view.copies:
+            return []
+        records = self._by_digest.get(files_digest(digest), ())
+        if not records and not view.seen.terms:
             return [AdapterRow(digest, None, self._statuses.get(digest))]
-        return [self._row(record) for record in records]
+        seen = (record for record in records if view.seen.matches(record.labels))
+        return [view.row(record, self._statuses) for record in seen]
+
+
+def _publish(event: Event, watchers: Sequence[Watcher]) -> None:
+    for watcher in watchers:
+        watcher.put(event)
+
+
+def _differences(old: Catalogue, new: Catalogue) -> Iterator[tuple[Change, Record, str]]:
+    """The changes from one catalogue to the next, each with its version and its alias, if any."""
+    for name, record in new.names.items():
+        before = old.names.get(name)
+        if before is None:
+            yield Change.REGISTERED, record, ""
+        elif before.version != record.version:
+            yield Change.REPLACED, record, ""
+        elif before.labels != record.labels:
+            yield Change.LABELLED, record, ""
+    for name, record in old.names.items():
+        if name not in new.names:
+            yield Change.DELETED, record, ""
+    for alias in {**old.aliases, **new.aliases}:
+        left, now = old.aliases.get(alias), new.aliases.get(alias)
+        if left and now and (left.name, left.version) == (now.name, now.version):
+            continue
+        if left:
+            yield Change.ALIAS_REMOVED, left, alias
+        if now:
+            yield Change.ALIAS_SET, now, alias
 
 
 def _moves(old: AdapterStatus | None, new: AdapterStatus | None) -> Iterator[Change]:

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final, ParamSpec, TypeAlias, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 from loraplex_adapters.format.examine import Report, examine
-from loraplex_adapters.format.files import Directory, open_below
-from loraplex_adapters.format.foreign.notes import MAX_NOTED_FILES
+from loraplex_adapters.format.files import open_below
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Record, Store
+from loraplex_adapters.store import Allotment, LabelSelector, Record, Store
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 from loraplex_model.checkpoints.chat import ChatTemplate
 
+from loraplex_server.access.principals import Principal
+from loraplex_server.access.rules import import_folder, require_name
 from loraplex_server.engine.group.face import Engine
-from loraplex_server.engine.messages import AdapterRef
+from loraplex_server.engine.messages import AdapterRef, files_digest, held_by
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry import servable
+from loraplex_server.registry.catalogue import Catalogue, read_catalogue
 from loraplex_server.registry.census import Census
-from loraplex_server.registry.feed import AdapterFeed, Catalogue
+from loraplex_server.registry.feed import AdapterFeed
 from loraplex_server.registry.freshness import unanswered
-from loraplex_server.registry.name_cache import NameCache
+from loraplex_server.registry.names import Names
+from loraplex_server.registry.sources import ImportedFolder, Source
 from loraplex_server.registry.terms import Registered, RegistrationTerms, usable
 from loraplex_server.registry.texts import AdapterTexts
 from loraplex_server.runtime.finishing import to_the_end
 from loraplex_server.runtime.lanes import Lane, Lanes
+from loraplex_server.telemetry.states import watch_names
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,30 +44,12 @@ READ_SECONDS: Final = 3.0
 CATALOGUE_SECONDS: Final = 30.0
 """Seconds that reading all names may take."""
 
-Source: TypeAlias = Callable[[], AbstractContextManager[Directory]]
-"""Opens the files of an adapter."""
-
-
-class ImportedFolder:
-    """A source that remembers the names of the files in it, for notes.
-
-    Attributes:
-        names: the names when it was last opened.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self.names: Sequence[str] = ()
-
-    @contextmanager
-    def __call__(self) -> Iterator[Directory]:
-        with self._source() as opened:
-            self.names = opened.names(MAX_NOTED_FILES)
-            yield opened
-
 
 class Registry:
     """Registers adapters, changes their names, and resolves adapter ids.
+
+    A method that is given a principal does what is allowed to that: versions that it does not see
+    do not exist for the method (ADAPTER_NOT_FOUND).
 
     Calls that only read the store, or only move an adapter within the engine, use `store` or
     `engine` directly. Every method may raise `Refusal`, and none blocks the event loop: files and
@@ -89,8 +74,8 @@ class Registry:
         self._import_root = import_root
         self._limits = limits
         count_changes = partial(self.lanes.count.run, store.change_counter)
-        self._names: NameCache[Registered] = NameCache(count_changes)
-        metrics.series.index_away_seconds.set_function(self._names.freshness.away_seconds)
+        self._names = Names(count_changes, self._look_up)
+        watch_names(metrics, self._names)
         self._texts = texts or AdapterTexts()
         self.feed = AdapterFeed(self._catalogue, count_changes)
         self.census = Census(partial(self.lanes.survey.run, store.survey), self._base, metrics)
@@ -110,41 +95,28 @@ class Registry:
         """Ends the background work. Idempotent."""
         await self._names.freshness.close()
 
-    async def resolve(self, adapter_id: str) -> Registered:
+    async def resolve(self, adapter_id: str, principal: Principal) -> Registered:
         """The version that an adapter id or an alias names now, even one that may not be served.
 
         Changes made by other processes are seen within half a second while the index answers.
         """
-
-        def work() -> Registered:
-            return self._registered(self.store.resolve(adapter_id))
-
-        async def look_up() -> Registered:
-            # A flood of unknown names must not delay those that are only looked up again.
-            known = adapter_id in self._names
-            return await self._reading(self.lanes.known if known else self.lanes.index, work)
-
-        await self._names.freshness.fresh()
-        adapter = self._current(adapter_id) or await self._names.get(adapter_id, look_up)
+        adapter = await self._names.resolve(adapter_id, principal.seen)
         self._metrics.adapter_registered(adapter.record.name)
-        return adapter
+        return adapter.held_by(principal.copies)
 
-    async def servable(self, adapter_id: str) -> Registered:
+    async def servable(self, adapter_id: str, principal: Principal) -> Registered:
         """The version that an adapter id or an alias names now, for a call that uses it.
 
         Raises Refusal if the version may not be served: ADAPTER_QUARANTINED, BASE_MODEL_MISMATCH.
         """
-        return usable(await self.resolve(adapter_id))
+        return usable(await self.resolve(adapter_id, principal))
 
-    def _current(self, adapter_id: str) -> Registered | None:
-        """The cached current version of a name, if `adapter_id` pins just that; else None."""
-        name, _, pin = adapter_id.partition("@")
-        current = self._names.recall(name) if pin else None
-        if current is None:
-            return None
-        record = current.record
-        pinned = pin == record.digest or (pin == str(record.version) and name == record.name)
-        return current if pinned else None
+    async def _look_up(self, adapter_id: str, seen: LabelSelector, known: bool) -> Registered:
+        def work() -> Registered:
+            return self._registered(self.store.resolve(adapter_id, seen))
+
+        # A flood of unknown names must not delay those that are only looked up again.
+        return await self._reading(self.lanes.known if known else self.lanes.index, work)
 
     async def read(self, work: Callable[..., T], *args: object) -> T:
         """Runs a reading of the store's index, such as a list, in a thread."""
@@ -175,9 +147,13 @@ class Registry:
         """Size of the largest weights file that is accepted."""
         return self._limits.max_weights_bytes
 
-    def imported(self, path: str) -> ImportedFolder:
-        """Source of the directory `path` below the import root; opening it checks the path."""
-        return ImportedFolder(partial(open_below, self._import_root, path))
+    def imported(self, path: str, principal: Principal) -> ImportedFolder:
+        """Source of the directory `path` below the principal's part of the import root.
+
+        Opening it checks the path. Raises Refusal(PERMISSION_DENIED).
+        """
+        root = import_folder(principal, self._import_root)
+        return ImportedFolder(partial(open_below, root, path))
 
     async def examine(self, source: Source) -> Report:
         """Reports all faults of an adapter's files; changes nothing."""
@@ -205,14 +181,16 @@ class Registry:
                     terms.replace,
                     labels=terms.labels or {},
                     text=terms.text,
+                    seen=terms.seen,
+                    allotment=terms.allotment,
                 )
 
         return await self._name(terms, source, record, lane or self.lanes.registrations)
 
     async def finish_upload(
-        self, upload_id: str, terms: RegistrationTerms
+        self, upload_id: str, terms: RegistrationTerms, owner: str | None
     ) -> tuple[Registered, bool]:
-        """Checks and registers an upload."""
+        """Checks and registers an upload that `owner` began; None stands for anybody."""
 
         def record() -> tuple[Record, bool]:
             return self.store.finish_upload(
@@ -224,9 +202,12 @@ class Registry:
                 terms.replace,
                 terms.labels or {},
                 text=terms.text,
+                seen=terms.seen,
+                owner=owner,
+                allotment=terms.allotment,
             )
 
-        source = partial(self.store.uploads.reading, upload_id)
+        source = partial(self.store.uploads.reading, upload_id, owner)
         return await self._name(terms, source, record, self.lanes.registrations)
 
     async def _name(
@@ -241,6 +222,9 @@ class Registry:
         A replacement is loaded first: its files are copied into the store without a name.
         """
         await self._names.freshness.require()
+        if terms.allotment is not None:  # before gigabytes are copied
+            allowed, labels = self.store.allotments.require, terms.labels or {}
+            await self.read(allowed, terms.allotment, terms.name, labels)
         await lane.run(partial(self._texts.check, terms.text))
         if terms.load and terms.replace:
 
@@ -252,7 +236,8 @@ class Registry:
                 held = self.store.quarantined().get(digest)
                 if held is not None:
                     raise Refusal.of([servable.held_back(terms.name, held)])
-                return AdapterRef(digest, str(self.store.path(digest)))
+                path = str(self.store.path(digest))
+                return AdapterRef(held_by(terms.copies, digest), path)
 
             await self.engine.load(await lane.run(admit))
 
@@ -264,36 +249,63 @@ class Registry:
         self._names.keep(terms.name, adapter)
         self._metrics.adapter_registered(terms.name)
         if terms.load:
-            await self.engine.load(usable(adapter).ref)
+            await self.engine.load(usable(adapter).held_by(terms.copies).ref)
         return adapter, created
 
     # changes of names, labels and aliases
 
-    async def set_alias(self, alias: str, adapter_id: str, expected: str | None) -> Record:
-        """Points an alias to a version.
+    async def label(
+        self,
+        adapter_id: str,
+        labels: Mapping[str, str],
+        remove: Collection[str],
+        principal: Principal,
+    ) -> Record:
+        """Removes labels from a version, then adds others.
+
+        Raises Refusal(PERMISSION_DENIED) if its name is not one that the principal may change.
+        """
+        known = (await self.resolve(adapter_id, principal)).record
+        require_name(principal, known.name)
+        change = partial(self.store.label, known.id, labels, remove, principal.seen)
+
+        def work() -> Registered:
+            return self._registered(change())
+
+        adapter = await self._change(self.lanes.changes, "", work)
+        self._names.relabelled(adapter)
+        return adapter.record
+
+    async def set_alias(
+        self, alias: str, adapter_id: str, expected: str | None, seen: LabelSelector
+    ) -> Record:
+        """Points an alias to a version in `seen`.
 
         `expected` is the adapter id that the alias must point to now, "" if it must not exist, None
         for any. Raises Refusal(ADAPTER_CONFLICT) if it points elsewhere.
         """
 
         def work() -> Record:
-            pointed = self.store.set_alias(alias, adapter_id, expected)
+            pointed = self.store.set_alias(alias, adapter_id, expected, seen)
             return self.store.get(pointed.name, pointed.version)
 
         return await self._move(alias, work)
 
-    async def delete_alias(self, alias: str) -> None:
-        """Deletes an alias. The adapter that it pointed to stays."""
-        await self._change(self.lanes.changes, alias, partial(self.store.delete_alias, alias))
+    async def delete_alias(self, alias: str, seen: LabelSelector) -> None:
+        """Deletes an alias of a version in `seen`. The adapter that it pointed to stays."""
+        work = partial(self.store.delete_alias, alias, seen)
+        await self._change(self.lanes.changes, alias, work)
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, seen: LabelSelector) -> None:
         """Deletes a name and its metrics. Running requests that use it finish."""
-        await self._change(self.lanes.changes, name, partial(self.store.delete, name))
+        await self._change(self.lanes.changes, name, partial(self.store.delete, name, seen))
         self._metrics.adapter_deleted(name)
 
-    async def restore(self, name: str) -> Record:
+    async def restore(
+        self, name: str, seen: LabelSelector, allotment: Allotment | None = None
+    ) -> Record:
         """Restores a deleted name."""
-        record = await self._move(name, partial(self.store.restore, name))
+        record = await self._move(name, partial(self.store.restore, name, seen, allotment))
         self._metrics.adapter_registered(name)
         return record
 
@@ -323,13 +335,10 @@ class Registry:
         """Runs a change, after which the name or alias `moved` may mean something else."""
         await self._names.freshness.require()
 
-        def concerned(adapter_id: str, adapter: Registered) -> bool:
-            return moved in (adapter_id.partition("@")[0], adapter.record.name)
-
         async def run() -> T:
             try:
                 done = await lane.run(work)
-                self._names.forget(concerned)
+                self._names.forget(moved)
                 return done
             finally:
                 self._names.clear()
@@ -339,14 +348,22 @@ class Registry:
 
     # the engine
 
-    async def unload(self, digest: str, force: bool, drain: float | None = None) -> None:
+    async def unload(
+        self, ref: AdapterRef, force: bool, drain: float | None, everywhere: bool
+    ) -> None:
         """Removes an adapter from the device, after the requests that use it or, by force, at once.
 
-        Requests that still run after `drain` seconds (None: no limit) are aborted.
+        Requests that still run after `drain` seconds (None: no limit) are aborted. With
+        `everywhere`, callers' own copies of its files are removed too.
         """
         deadline = None if drain is None else time.monotonic() + drain
+        digests = {ref.digest: None}
+        if everywhere:
+            files = files_digest(ref.digest)
+            digests |= {d: None for d in self.engine.adapters if files_digest(d) == files}
         try:
-            await self.engine.unload(digest, force, deadline)
+            for digest in digests:
+                await self.engine.unload(digest, force, deadline)
         except Refusal:
             self._metrics.adapter_unloaded("error")
             raise
@@ -369,23 +386,5 @@ class Registry:
         return servable.obstacle(record, self._base())
 
     async def _catalogue(self) -> Catalogue:
-        def work() -> Catalogue:
-            # The count is read first: a change during the reading is then noticed the next time.
-            count = self.store.change_counter()
-            names = {record.name: record for record in self.store.current()}
-            return Catalogue(names, dict(self._pointed(names)), count)
-
+        work = partial(read_catalogue, self.store)
         return await self._reading(self.lanes.index, work, CATALOGUE_SECONDS)
-
-    def _pointed(self, names: Mapping[str, Record]) -> Iterator[tuple[str, Record]]:
-        """Every alias and its version, except aliases of deleted versions."""
-        for alias in self.store.aliases():
-            record = names.get(alias.name)
-            if record is None or record.version != alias.version:
-                try:
-                    record = self.store.get(alias.name, alias.version)
-                except Refusal as error:
-                    if error.reason is not Reason.ADAPTER_NOT_FOUND:
-                        raise
-                    continue
-            yield alias.alias, record

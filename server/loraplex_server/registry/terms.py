@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from loraplex_adapters.store import Record, VersionText
+from loraplex_adapters.store import EVERYTHING, Allotment, LabelSelector, Record, VersionText
 from loraplex_model.base.refusal import Problem, Refusal
 
-from loraplex_server.engine.messages import AdapterRef
+from loraplex_server.engine.messages import AdapterRef, held_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,9 @@ class RegistrationTerms:
     """Name under which an adapter is registered, and the conditions.
 
     With `load`, a name that is replaced moves to the new content only once that is on the device,
-    so that no request waits for it. If it cannot be loaded, the name does not move.
+    so that no request waits for it. If it cannot be loaded, the name does not move. A name that is
+    used for a version outside of `seen` is not taken. `copies` is as in `Registered`; `allotment`
+    is what the caller may have in the store.
     """
 
     name: str
@@ -25,23 +27,32 @@ class RegistrationTerms:
     expected_digest: str = ""
     load: bool = False
     text: VersionText = field(default_factory=VersionText)
+    seen: LabelSelector = EVERYTHING
+    copies: str = ""
+    allotment: Allotment | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Registered:
     """A version of an adapter and the directory that holds its files.
 
-    `obstacle` says why calls may not use the version; None if they may.
+    `obstacle` says why calls may not use the version; None if they may. `copies` says whose copies
+    the engine uses, "" for those that callers share.
     """
 
     record: Record
     path: str
     obstacle: Problem | None = None
+    copies: str = ""
 
     @property
     def ref(self) -> AdapterRef:
         """Reference by which the engine loads the adapter."""
-        return AdapterRef(self.record.digest, self.path)
+        return AdapterRef(held_by(self.copies, self.record.digest), self.path)
+
+    def held_by(self, copies: str) -> Registered:
+        """The same version for callers who use other copies."""
+        return self if copies == self.copies else replace(self, copies=copies)
 
 
 def usable(adapter: Registered) -> Registered:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from loraplex_model.base.durable import flush
 
+from loraplex_server.access.rules import import_folder
 from loraplex_server.training import data
 from loraplex_server.training.jobs import JobRecord
 from loraplex_server.training.records import Records
@@ -51,6 +52,7 @@ class JobFactory:
             job = JobRecord(
                 id=job_id,
                 order=request.order,
+                owner=request.owner,
                 request_id=request.request_id,
                 content=request.content(),
                 created=time.time(),
@@ -75,7 +77,8 @@ class JobFactory:
         for field, (source, name) in sources.items():
             if source is not None and source.path:
                 path = f"{field}.path"
-                data.copy(self.import_root, source.path, folder / name, self.data_bytes, path)
+                root = import_folder(request.principal, self.import_root)
+                data.copy(root, source.path, folder / name, self.data_bytes, path)
             elif source is not None:
                 data.write(folder / name, source.jsonl)
         flush(folder)  # before the record is there: a job with a record has all of its inputs

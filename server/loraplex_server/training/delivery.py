@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from loraplex_adapters.format.files import open_directory
+from loraplex_adapters.store import LabelSelector
 from loraplex_model.base.refusal import Reason, Refusal, Subject
 
+from loraplex_server.access.allotting import allotment_of
+from loraplex_server.access.principals import EVERYBODY, Principal
 from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.terms import Registered, RegistrationTerms
-from loraplex_server.training.jobs import ADAPTER, JobOrder, ResultRecord
+from loraplex_server.training.jobs import ADAPTER, JobOrder, JobOwner, ResultRecord
 
 _RETRY_SECONDS: Final = (0.5, 1.0, 2.0)
 """Pauses before each retry on an unavailable store; hours of training would be lost otherwise."""
@@ -21,12 +26,20 @@ _RETRY_SECONDS: Final = (0.5, 1.0, 2.0)
 class RegistryDestination:
     """The registry as a `runner.Destination`."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(
+        self, registry: Registry, principals: Callable[[], Mapping[str, Principal]] = dict
+    ) -> None:
+        """`principals` returns those that there are now, whose limits hold for deliveries."""
         self._registry = registry
+        self._principals = principals
 
-    async def check(self, order: JobOrder) -> None:
-        """Raises Refusal(ADAPTER_CONFLICT) if the adapter's name or its alias is taken."""
-        known = await self._find(order.name)
+    async def check(self, order: JobOrder, principal: Principal) -> None:
+        """Raises Refusal(ADAPTER_CONFLICT) if the adapter's name or its alias is taken.
+
+        For a version that the principal does not see, it is PERMISSION_DENIED; for more adapters
+        than the principal may have, QUOTA_EXCEEDED.
+        """
+        known = await self._find(order.name, principal)
         if known is not None and known.record.name != order.name:
             raise _conflict(order.name, f"{order.name!r} is an alias")
         if known is not None and not order.replace:
@@ -35,38 +48,50 @@ class RegistryDestination:
             )
             raise _conflict(order.name, text)
         if order.alias:
-            known = await self._find(order.alias)
+            known = await self._find(order.alias, principal)
             if known is not None and known.record.name == order.alias:
                 raise _conflict(order.alias, f"{order.alias!r} is an adapter, not an alias")
+        if (allotment := allotment_of(principal)) is not None:
+            allowed = self._registry.store.allotments.require
+            await self._registry.read(allowed, allotment, order.name, order.labels)
 
-    async def deliver(self, folder: Path, order: JobOrder) -> ResultRecord:
-        """Registers the adapter, then loads and aliases it as ordered.
+    async def deliver(self, folder: Path, order: JobOrder, owner: JobOwner) -> ResultRecord:
+        """Registers the adapter, then loads and aliases it as ordered by `owner`.
 
         Raises Refusal if it is not registered; later failures become the result's warning.
         """
         problems = []
         loaded = order.load
+        principal = self._principals().get(owner.name)
+        terms = RegistrationTerms(
+            order.name,
+            order.replace,
+            order.labels,
+            load=order.load,
+            seen=LabelSelector.parse(owner.seen),
+            copies=owner.copies,
+            allotment=None if principal is None else allotment_of(principal),
+        )
         try:
-            adapter = await self._register(folder, order, order.load)
+            adapter = await self._register(folder, terms)
         except Refusal as refusal:
             if not order.load:
                 raise
             # If the store itself refuses, it refuses again here, and that refusal is raised.
-            adapter = await self._register(folder, order, load=False)
+            adapter = await self._register(folder, replace(terms, load=False))
             problems.append(f"the adapter was not loaded: {refusal.message}")
             loaded = False
         record = adapter.record
         if order.alias:
             try:
-                await self._registry.set_alias(order.alias, record.id, None)
+                await self._registry.set_alias(order.alias, record.id, None, terms.seen)
             except Refusal as error:
                 problems.append(f"the alias was not set: {error.message}")
         return ResultRecord(
             version=record.version, digest=record.digest, loaded=loaded, warning="; ".join(problems)
         )
 
-    async def _register(self, folder: Path, order: JobOrder, load: bool) -> Registered:
-        terms = RegistrationTerms(order.name, order.replace, order.labels, load=load)
+    async def _register(self, folder: Path, terms: RegistrationTerms) -> Registered:
         # Not in a lane that clients' registrations can fill.
         source, lane = partial(open_directory, folder), self._registry.lanes.training
         pauses = iter(_RETRY_SECONDS)
@@ -76,16 +101,20 @@ class RegistryDestination:
             except Refusal as error:
                 pause = next(pauses, None) if error.reason is Reason.STORE_UNAVAILABLE else None
                 if pause is None:
-                    raise _refusal(error, order.name) from error
+                    raise _refusal(error, terms.name) from error
             await asyncio.sleep(pause)
 
-    async def _find(self, name: str) -> Registered | None:
+    async def _find(self, name: str, principal: Principal) -> Registered | None:
+        """What a name or an alias means. Raises Refusal(PERMISSION_DENIED) if that is hidden."""
         try:
-            return await self._registry.resolve(name)
+            found = await self._registry.resolve(name, EVERYBODY)
         except Refusal as error:
             if error.reason is Reason.ADAPTER_NOT_FOUND:
                 return None
             raise _refusal(error, name) from error
+        if not principal.sees(found.record.labels):
+            raise Refusal(Reason.PERMISSION_DENIED, f"{name} is not available to this caller")
+        return found
 
 
 def _conflict(name: str, text: str) -> Refusal:

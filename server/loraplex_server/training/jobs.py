@@ -104,12 +104,27 @@ class FailureRecord(msgspec.Struct, frozen=True):
     log: tuple[str, ...] = ()
 
 
+class JobOwner(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Who ordered a job, as the principal was then: its adapter is registered later.
+
+    Attributes:
+        name: name of the principal; "" if callers were not identified.
+        seen: text of the selector of the adapters that exist for it.
+        copies: as in `RegistrationTerms`.
+    """
+
+    name: str = ""
+    seen: str = ""
+    copies: str = ""
+
+
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A training job.
 
     Attributes:
         id: identifier; ids sort by age.
-        request_id: the client's own id of its request, or "".
+        owner: who ordered it.
+        request_id: the client's own id of its request, or "". Each owner has ids of its own.
         content: digest of the whole request.
         created, started, ended: Unix times; 0 if that has not happened yet.
         made: directory of the finished adapter, relative to the job's; "" while there is none.
@@ -120,6 +135,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     order: JobOrder
+    owner: JobOwner = JobOwner()
     request_id: str = ""
     content: str = ""
     state: State = State.QUEUED
@@ -139,6 +155,10 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     def final(self) -> bool:
         """Whether the job has ended for good."""
         return self.state in FINAL
+
+    def is_of(self, owner: str | None) -> bool:
+        """Whether the job exists for the principal `owner`; None stands for those who see all."""
+        return owner in (None, self.owner.name)
 
     def change(self, **fields: object) -> JobRecord:
         """Returns the job with other values in some fields."""

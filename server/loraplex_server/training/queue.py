@@ -19,7 +19,7 @@ from loraplex_model.base.refusal import Reason, Refusal, Subject
 
 from loraplex_server.runtime.watched import WatchedTask
 from loraplex_server.training.creation import JobFactory
-from loraplex_server.training.jobs import ADAPTER, JOB, FailureRecord, JobOrder, JobRecord, State
+from loraplex_server.training.jobs import ADAPTER, JOB, FailureRecord, JobRecord, State
 from loraplex_server.training.records import Records
 from loraplex_server.training.request import JobRequest
 from loraplex_server.training.runner import Destination, Halt, Runner
@@ -124,22 +124,25 @@ class JobQueue:
         self._owned = False
         await self._trainer.lane.run(self._records.release)
 
-    def get(self, job_id: str) -> JobRecord:
-        """Returns a job. Raises Refusal: JOB_NOT_FOUND, DRAINING, TRAINING_ELSEWHERE."""
+    def get(self, job_id: str, owner: str | None = None) -> JobRecord:
+        """Returns a job. Raises Refusal: JOB_NOT_FOUND, DRAINING, TRAINING_ELSEWHERE.
+
+        Here and in other methods, jobs of others than `owner` do not exist; None stands for all.
+        """
         self._require_owned()
-        return self._table.get(job_id)
+        return self._table.get(job_id, owner)
 
     def page(
-        self, size: int, before: str, states: Collection[State]
+        self, size: int, before: str, states: Collection[State], owner: str | None = None
     ) -> tuple[Sequence[JobRecord], str]:
         """Returns a page of jobs; see `JobTable.page`. Raises Refusal as `get`."""
         self._require_owned()
-        return self._table.page(size, before, states)
+        return self._table.page(size, before, states, owner)
 
-    def watch(self, job_id: str) -> AsyncGenerator[JobRecord, None]:
+    def watch(self, job_id: str, owner: str | None = None) -> AsyncGenerator[JobRecord, None]:
         """Yields a job's states; see `JobTable.watch`. Raises Refusal as `get`."""
         self._require_owned()
-        return self._table.watch(job_id, self.position)
+        return self._table.watch(job_id, self.position, owner)
 
     def position(self, job: JobRecord) -> int:
         """Returns the number of jobs before one that waits; 0 for a job that does not wait."""
@@ -162,15 +165,15 @@ class JobQueue:
                 known = self._known(request)
                 if known is not None:
                     return known, False
-                self._require_room(request.order)
-                await self._destination.check(request.order)
+                self._require_room(request)
+                await self._destination.check(request.order, request.principal)
                 return await self._create(request), True
         finally:
             self._creating -= 1
 
-    async def cancel(self, job_id: str) -> JobRecord:
+    async def cancel(self, job_id: str, owner: str | None = None) -> JobRecord:
         """Cancels a job and returns it once it has ended. Raises Refusal as `get`."""
-        job = self.get(job_id)
+        job = self.get(job_id, owner)
         if job_id in self._waiting:
             self._waiting.remove(job_id)
             job = job.change(state=State.CANCELLED, ended=time.time())
@@ -190,19 +193,23 @@ class JobQueue:
             return None
         content = request.content()
         for job in self._table:
-            if job.request_id == request.request_id:
+            if job.request_id == request.request_id and job.owner.name == request.principal.name:
                 if job.content == content:
                     return job
                 text = f"the request id was used for training job {job.id} with other contents"
                 raise Refusal(Reason.JOB_CONFLICT, text, subject=Subject(JOB, job.id))
         return None
 
-    def _require_room(self, order: JobOrder) -> None:
+    def _require_room(self, request: JobRequest) -> None:
+        order = request.order
         if len(self._waiting) >= self._limits.waiting + (self._runner is None):
             text = f"{len(self._waiting)} training jobs wait already"
             raise Refusal(Reason.JOB_QUEUE_FULL, text, subject=Subject(JOB, "training_max_jobs"))
         for job in self._table:
             if not job.final and job.order.name == order.name and not order.replace:
+                if not job.is_of(request.principal.owner):
+                    text = f"{order.name} is not available to this caller"
+                    raise Refusal(Reason.PERMISSION_DENIED, text)
                 text = f"training job {job.id} makes an adapter of that name; set `replace`"
                 raise Refusal(Reason.ADAPTER_CONFLICT, text, subject=Subject(ADAPTER, order.name))
 

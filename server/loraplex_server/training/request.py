@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from loraplex_server.training.jobs import JobOrder
+from loraplex_server.access.principals import EVERYBODY, Principal
+from loraplex_server.training.jobs import JobOrder, JobOwner
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +25,18 @@ class DataSource:
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """A client's request for a training job; `request_id` is the client's own, or ""."""
+    """A request of a principal for a training job; `request_id` is the client's own, or ""."""
 
     order: JobOrder
     data: DataSource
     eval_data: DataSource | None = None
     request_id: str = ""
+    principal: Principal = EVERYBODY
+
+    @property
+    def owner(self) -> JobOwner:
+        """The principal as the job's record keeps it."""
+        return JobOwner(self.principal.name, str(self.principal.seen), self.principal.copies)
 
     def content(self) -> str:
         """Returns the digest of order and examples."""

@@ -15,9 +15,17 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_training.report.events import JobStatus, Saved
 from loraplex_training.report.lines import decode
 
+from loraplex_server.access.principals import Principal
 from loraplex_server.training import failure
 from loraplex_server.training.child import Child
-from loraplex_server.training.jobs import FailureRecord, JobOrder, JobRecord, ResultRecord, State
+from loraplex_server.training.jobs import (
+    FailureRecord,
+    JobOrder,
+    JobOwner,
+    JobRecord,
+    ResultRecord,
+    State,
+)
 from loraplex_server.training.progress import RunProgress
 from loraplex_server.training.trainer import LOG, Trainer
 
@@ -41,10 +49,10 @@ class Halt(Enum):
 class Destination(Protocol):
     """Receives trained adapters."""
 
-    async def check(self, order: JobOrder) -> None:
-        """Raises Refusal if a name of the order is taken."""
+    async def check(self, order: JobOrder, principal: Principal) -> None:
+        """Raises Refusal if a name of the order is taken, or is not for the principal."""
 
-    async def deliver(self, folder: Path, order: JobOrder) -> ResultRecord:
+    async def deliver(self, folder: Path, order: JobOrder, owner: JobOwner) -> ResultRecord:
         """Registers the adapter in `folder`. Raises Refusal."""
 
 
@@ -78,7 +86,8 @@ class Runner:
                 return stopped
             if self._halt is Halt.CANCELLED:
                 return self._ended(State.CANCELLED)
-            result = await self._destination.deliver(self._folder / self.job.made, self.job.order)
+            made, job = self._folder / self.job.made, self.job
+            result = await self._destination.deliver(made, job.order, job.owner)
             return self._ended(State.SUCCEEDED, result=result)
         except Refusal as refusal:
             error = FailureRecord(refusal.reason, refusal.message)

@@ -46,18 +46,18 @@ class JobTable:
     def __iter__(self) -> Iterator[JobRecord]:
         return iter(self._jobs.values())
 
-    def get(self, job_id: str) -> JobRecord:
-        """Returns a job. Raises Refusal(JOB_NOT_FOUND)."""
+    def get(self, job_id: str, owner: str | None = None) -> JobRecord:
+        """Returns a job of `owner`, as in `JobRecord.is_of`. Raises Refusal(JOB_NOT_FOUND)."""
         job = self._jobs.get(job_id)
-        if job is None:
+        if job is None or not job.is_of(owner):
             text = "there is no such training job"
             raise Refusal(Reason.JOB_NOT_FOUND, text, subject=Subject(JOB, job_id))
         return job
 
     def page(
-        self, size: int, before: str, states: Collection[State]
+        self, size: int, before: str, states: Collection[State], owner: str | None = None
     ) -> tuple[Sequence[JobRecord], str]:
-        """Returns at most `size` jobs older than the id `before`, newest first.
+        """Returns at most `size` jobs of `owner` older than the id `before`, newest first.
 
         "" for `before` is no bound. The second value is the last job's id, or "" if there are no
         more.
@@ -65,7 +65,9 @@ class JobTable:
         found = [
             job
             for job_id, job in sorted(self._jobs.items(), reverse=True)
-            if (not before or job_id < before) and (not states or job.state in states)
+            if (not before or job_id < before)
+            and (not states or job.state in states)
+            and job.is_of(owner)
         ]
         return found[:size], found[size - 1].id if len(found) > size else ""
 
@@ -97,14 +99,14 @@ class JobTable:
         await self._changed.wait()
 
     async def watch(
-        self, job_id: str, position: Callable[[JobRecord], int]
+        self, job_id: str, position: Callable[[JobRecord], int], owner: str | None = None
     ) -> AsyncGenerator[JobRecord, None]:
-        """Yields a job now and after each change, until it has ended or is interrupted.
+        """Yields a job of `owner` now and after each change, until it has ended or is interrupted.
 
         A change of its `position` counts. A slow reader receives the newest state only. Raises
         Refusal: JOB_NOT_FOUND, OVERLOADED.
         """
-        job = self.get(job_id)
+        job = self.get(job_id, owner)
         if self._watchers >= MAX_WATCHERS:
             text = f"{self._watchers} calls watch jobs already; try again later"
             raise Refusal(Reason.OVERLOADED, text)

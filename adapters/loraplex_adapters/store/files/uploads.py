@@ -3,6 +3,7 @@
     <store>/uploads/lock                    held while an upload is begun
     <store>/uploads/<id>/lock               held while the upload is written, read or removed
     <store>/uploads/<id>/peer               address of the client that began it, if it is known
+    <store>/uploads/<id>/owner              name of the caller that began it, if it is known
     <store>/uploads/<id>/adapter_config.json, adapter_model.safetensors
     <store>/uploads/<id>/received.json      their sizes: see `received`
 
@@ -38,6 +39,7 @@ from loraplex_adapters.store.files.received import RECEIVED, cut_to_received, re
 
 _ID = re.compile(r"\A[0-9a-f]{32}\Z")
 _PEER = "peer"
+_OWNER = "owner"
 _BUSY_SECONDS = 5.0
 _POLL_SECONDS = 0.02
 
@@ -49,7 +51,7 @@ class UploadBounds:
     Attributes:
         max_weights_bytes: size of one weights file.
         max_open: number of unfinished uploads.
-        max_per_peer: number of unfinished uploads that one peer has begun.
+        max_per_peer: number of unfinished uploads that one owner or, without one, one peer began.
         expire_seconds: time from the last piece to the removal of an unfinished upload.
         expire_empty_seconds: time from its begin to the removal of an upload without any bytes.
     """
@@ -77,6 +79,7 @@ class OpenUpload:
     Attributes:
         config_bytes, weights_bytes: size of each file so far.
         peer: address of the client that began it; "" if it is not known.
+        owner: name of the caller that began it; "" if callers were not identified.
         changed: Unix time of the last piece, or of its begin.
         expires: Unix time after which it may be removed.
     """
@@ -87,12 +90,15 @@ class OpenUpload:
     peer: str
     changed: float
     expires: float
+    owner: str = ""
 
 
 class Uploads:
     """The unfinished uploads of a store. Safe to use from several threads and processes.
 
-    Every method raises Refusal(STORE_FULL or STORE_UNAVAILABLE) if the disk fails.
+    A method that is given an `owner` treats uploads that another one began as if they did not
+    exist; None stands for anybody. Every method raises Refusal(STORE_FULL or STORE_UNAVAILABLE) if
+    the disk fails.
     """
 
     def __init__(self, root: Path, bounds: UploadBounds) -> None:
@@ -102,17 +108,20 @@ class Uploads:
         with disk_errors():
             make_directory(self._root)
 
-    def begin(self, peer: str = "") -> str:
+    def begin(self, peer: str = "", owner: str = "") -> str:
         """Begins an upload for a client at the address `peer`, "" if unknown; returns its id.
 
-        Raises Refusal(OVERLOADED) if too many are open, in all or of this peer.
+        Raises Refusal(OVERLOADED) if too many are open, in all or of this owner or peer.
         """
         with locked(self._root):
             self.expire()
             there = self.all()
-            own = sum(upload.peer == peer for upload in there) if peer else 0
+            if owner:
+                own = sum(upload.owner == owner for upload in there)
+            else:
+                own = sum(upload.peer == peer for upload in there) if peer else 0
             if own >= self._bounds.max_per_peer:
-                message = f"{own} uploads of {peer} are open; finish or abort some"
+                message = f"{own} uploads of {owner or peer} are open; finish or abort some"
                 raise Refusal(Reason.OVERLOADED, message)
             if len(there) >= self._bounds.max_open:
                 raise Refusal(Reason.OVERLOADED, "too many uploads are open; finish or abort some")
@@ -123,11 +132,20 @@ class Uploads:
                 reach("store.upload.made")
                 if peer:
                     write_atomically(self._root / upload_id / _PEER, peer.encode())
+                if owner:
+                    write_atomically(self._root / upload_id / _OWNER, owner.encode())
                 record_received(self._root / upload_id, {})
                 flush(self._root)
         return upload_id
 
-    def append(self, upload_id: str, file: str, offset: int, data: bytes | memoryview) -> int:
+    def append(
+        self,
+        upload_id: str,
+        file: str,
+        offset: int,
+        data: bytes | memoryview,
+        owner: str | None = None,
+    ) -> int:
         """Appends `data` to "adapter_config.json" or "adapter_model.safetensors"; returns its size.
 
         `offset` must be the file's size before, so that a piece sent twice does no harm.
@@ -138,7 +156,7 @@ class Uploads:
         if limit is None:
             message = f"an upload has the files {CONFIG_FILE} and {WEIGHTS_FILE}"
             raise Refusal(Reason.FIELD_INVALID, message, "file")
-        with self._held(upload_id) as folder, disk_errors():
+        with self._held(upload_id, owner) as folder, disk_errors():
             sizes = cut_to_received(folder, tuple(self._limits))
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(folder / file, flags, 0o600)
@@ -162,28 +180,31 @@ class Uploads:
             record_received(folder, sizes | {file: size})
         return size
 
-    def state(self, upload_id: str) -> Upload:
+    def state(self, upload_id: str, owner: str | None = None) -> Upload:
         """Returns the progress of an upload. Raises Refusal(UPLOAD_NOT_FOUND)."""
-        with self._held(upload_id) as folder, disk_errors():
+        with self._held(upload_id, owner) as folder, disk_errors():
             sizes = cut_to_received(folder, tuple(self._limits))
             return Upload(upload_id, sizes[CONFIG_FILE], sizes[WEIGHTS_FILE])
 
-    def all(self) -> tuple[OpenUpload, ...]:
+    def all(self, owner: str | None = None) -> tuple[OpenUpload, ...]:
         """The unfinished uploads, the one that expires first at the front."""
         found = []
         for upload_id in self._ids():
             with disk_errors(), suppress(FileNotFoundError):  # removed meanwhile
                 found.append(self._described(upload_id))
-        return tuple(sorted(found, key=lambda upload: upload.expires))
+        own = (upload for upload in found if owner in (None, upload.owner))
+        return tuple(sorted(own, key=lambda upload: upload.expires))
 
     @contextmanager
-    def reading(self, upload_id: str, *, remove: bool = False) -> Iterator[Directory]:
+    def reading(
+        self, upload_id: str, owner: str | None = None, *, remove: bool = False
+    ) -> Iterator[Directory]:
         """Opens an upload's files, to which nothing is appended meanwhile.
 
         With `remove` the upload is removed if the block succeeds. Raises
         Refusal(UPLOAD_NOT_FOUND).
         """
-        with self._held(upload_id) as folder:
+        with self._held(upload_id, owner) as folder:
             with disk_errors():
                 cut_to_received(folder, tuple(self._limits))
             with open_directory(folder) as directory:
@@ -191,9 +212,9 @@ class Uploads:
             if remove:
                 self._remove(folder)
 
-    def abort(self, upload_id: str) -> None:
+    def abort(self, upload_id: str, owner: str | None = None) -> None:
         """Removes an upload. Raises Refusal(UPLOAD_NOT_FOUND)."""
-        with self._held(upload_id) as folder:
+        with self._held(upload_id, owner) as folder:
             self._remove(folder)
 
     def expire(self, dry_run: bool = False) -> tuple[str, ...]:
@@ -229,18 +250,21 @@ class Uploads:
         changed, bounds = _last_change(folder), self._bounds
         patience = bounds.expire_seconds if config or weights else bounds.expire_empty_seconds
         peer = _content(folder / _PEER)
-        return OpenUpload(upload_id, config, weights, peer, changed, changed + patience)
+        owner = _content(folder / _OWNER)
+        return OpenUpload(upload_id, config, weights, peer, changed, changed + patience, owner)
 
     def _ids(self) -> list[str]:
         with disk_errors():
             return sorted(entry.name for entry in self._root.iterdir() if _ID.match(entry.name))
 
     @contextmanager
-    def _held(self, upload_id: str) -> Iterator[Path]:
+    def _held(self, upload_id: str, owner: str | None) -> Iterator[Path]:
         """Holds the upload's lock. Raises Refusal(OVERLOADED) if another holds it for long."""
         folder = self._root / upload_id
         descriptor = None
-        if _ID.match(upload_id) and folder.is_dir():
+        # The owner is compared before the lock is waited for, which would tell of the upload.
+        is_own = owner is None or (_ID.match(upload_id) and _content(folder / _OWNER) == owner)
+        if is_own and _ID.match(upload_id) and folder.is_dir():
             with disk_errors(), suppress(FileNotFoundError):
                 descriptor = _lock_soon(folder / "lock")
         if descriptor is None:

@@ -12,6 +12,7 @@ from loraplex_adapters.store.index import lookup, records, schema
 from loraplex_adapters.store.index.database import Database
 from loraplex_adapters.store.index.ids import AdapterId
 from loraplex_adapters.store.index.records import Alias
+from loraplex_adapters.store.index.selector import EVERYTHING, LabelSelector
 
 _names, _aliases = schema.names.c, schema.aliases.c
 
@@ -25,13 +26,20 @@ class Aliases:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def set(self, alias: str, adapter: AdapterId, expected: AdapterId | str | None) -> Alias:
+    def set(
+        self,
+        alias: str,
+        adapter: AdapterId,
+        expected: AdapterId | str | None,
+        seen: LabelSelector = EVERYTHING,
+    ) -> Alias:
         """Points an alias to the version that an id means now, as `Store.set_alias` describes.
 
-        Raises Refusal: ADAPTER_NOT_FOUND, ADAPTER_CONFLICT.
+        Raises Refusal: ADAPTER_NOT_FOUND, PERMISSION_DENIED, ADAPTER_CONFLICT.
         """
         with self._database.writing() as connection:
-            target = lookup.find(connection, adapter)
+            target = lookup.find(connection, adapter, seen)
+            lookup.require_seen(connection, alias, seen)
             if lookup.is_name(connection, alias):
                 raise Refusal(Reason.ADAPTER_CONFLICT, f"{alias} is the name of an adapter", alias)
             row = lookup.alias_row(connection, alias)
@@ -48,12 +56,12 @@ class Aliases:
             schema.count_change(connection)
             return _alias(lookup.alias_row(connection, alias))
 
-    def delete(self, alias: str) -> None:
-        """Deletes an alias. Raises Refusal(ADAPTER_NOT_FOUND)."""
+    def delete(self, alias: str, seen: LabelSelector = EVERYTHING) -> None:
+        """Deletes an alias of a version in `seen`. Raises Refusal(ADAPTER_NOT_FOUND)."""
         with self._database.writing() as connection:
-            gone = connection.execute(sa.delete(schema.aliases).where(_aliases.alias == alias))
-            if not gone.rowcount:
+            if lookup.alias_row(connection, alias, seen) is None:
                 raise Refusal(Reason.ADAPTER_NOT_FOUND, f"there is no alias {alias}", alias)
+            connection.execute(sa.delete(schema.aliases).where(_aliases.alias == alias))
             schema.count_change(connection)
 
     def all(self) -> tuple[Alias, ...]:

@@ -28,12 +28,17 @@ class AdapterId:
     digest: str | None = None
 
 
+def is_name(text: str) -> bool:
+    """Whether `text` is a valid name."""
+    return _NAME.match(text) is not None
+
+
 def check_name(name: str) -> str:
     """Returns `name` if it is valid; raises Refusal(FIELD_INVALID, field "name") otherwise.
 
     The message ends with a name that would be valid, if one can be made of the text.
     """
-    if not _NAME.match(name):
+    if not is_name(name):
         message = f"an adapter name {_RULE}{did_you_mean(suggested_name(name))}"
         raise Refusal(Reason.FIELD_INVALID, message, "name")
     return name

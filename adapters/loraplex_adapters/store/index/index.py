@@ -12,10 +12,12 @@ from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.format.spec import CheckedAdapter
 from loraplex_adapters.store.index import lookup, rebases, records, schema, texts
+from loraplex_adapters.store.index.allotment import Allotment, holding, require_room
 from loraplex_adapters.store.index.database import Database
-from loraplex_adapters.store.index.ids import AdapterId
+from loraplex_adapters.store.index.ids import AdapterId, is_name
 from loraplex_adapters.store.index.labels import check_count
 from loraplex_adapters.store.index.records import Page, Record
+from loraplex_adapters.store.index.selector import EVERYTHING, LabelSelector
 from loraplex_adapters.store.index.texts import VersionText
 
 _names, _versions, _blobs = schema.names.c, schema.versions.c, schema.blobs.c
@@ -40,6 +42,8 @@ class Index:
         replace: bool,
         place: Callable[[], bool],
         text: VersionText | None = None,
+        seen: LabelSelector = EVERYTHING,
+        allotment: Allotment | None = None,
     ) -> tuple[Record, bool]:
         """Points a name to content; returns the version, and True if the version is new.
 
@@ -49,9 +53,12 @@ class Index:
         the store, unless it is there, and returns whether it did. It is called within the change,
         so that the content cannot be collected before a name points to it.
         Raises Refusal: ADAPTER_CONFLICT if the name points to other content and `replace` is not
-        set, or is an alias; FIELD_INVALID for too many labels.
+        set, or is an alias; PERMISSION_DENIED if it is used for a version that is not in `seen`;
+        FIELD_INVALID for too many labels; QUOTA_EXCEEDED if the version would be more than
+        `allotment` allows.
         """
         with self._database.writing() as connection:
+            lookup.require_seen(connection, name, seen)
             if lookup.alias_row(connection, name) is not None:
                 raise Refusal(Reason.ADAPTER_CONFLICT, f"{name} is an alias", name)
             current = connection.execute(
@@ -60,6 +67,10 @@ class Index:
             text = text or VersionText()
             same_content = current is not None and current.digest == spec.digest
             if current is not None and same_content and _has_text(current, text):
+                if allotment is not None and labels:
+                    old = records.read(connection, [current])[0]
+                    carried = {**old.labels, **labels}
+                    require_room(connection, allotment, name, carried, spec.size_bytes)
                 changed = place()
                 changed |= _describe(connection, spec)
                 changed |= rebases.move(connection, current, base)
@@ -76,6 +87,8 @@ class Index:
                     message = f"{name} has this content with another chat template or end tokens"
                 message += "; replace it or use another name"
                 raise Refusal(Reason.ADAPTER_CONFLICT, message, name)
+            if allotment is not None:
+                require_room(connection, allotment, name, labels, spec.size_bytes)
             place()
             version = _add_version(connection, name, spec, base)
             _put_labels(connection, name, version, labels)
@@ -85,14 +98,24 @@ class Index:
             assert made is not None
             return made, True
 
-    def find(self, adapter: AdapterId) -> Record:
+    def find(self, adapter: AdapterId, seen: LabelSelector = EVERYTHING) -> Record:
         """Returns the version that an id means, as `lookup.find` does."""
         with self._database.reading() as connection:
-            return lookup.find(connection, adapter)
+            return lookup.find(connection, adapter, seen)
 
-    def page(self, after: str, size: int, labels: Mapping[str, str]) -> Page:
-        """Up to `size` current versions that carry `labels`, in order of names after `after`."""
-        query = records.living.where(records.is_current, _names.name > after)
+    def page(
+        self, after: str, size: int, labels: Mapping[str, str], seen: LabelSelector = EVERYTHING
+    ) -> Page:
+        """Up to `size` current versions in `seen` that carry `labels`, in order of names.
+
+        They begin after the name `after`, which need not exist. Raises Refusal(FIELD_INVALID).
+        """
+        if size < 0:
+            raise Refusal(Reason.FIELD_INVALID, "page_size must not be negative", "page_size")
+        if after and not is_name(after):
+            message = "page_token must be a next_page_token of an earlier page"
+            raise Refusal(Reason.FIELD_INVALID, message, "page_token")
+        query = records.living.where(records.is_current, _names.name > after, *seen.conditions())
         for key, value in labels.items():
             query = query.where(
                 sa.exists().where(
@@ -107,11 +130,12 @@ class Index:
             found = records.read(connection, rows[:size])
         return Page(found, found[-1].name if len(rows) > size else "")
 
-    def versions(self, name: str) -> tuple[Record, ...]:
-        """A name's versions, newest first. Raises Refusal(ADAPTER_NOT_FOUND)."""
-        query = records.living.where(_names.name == name).order_by(_versions.version.desc())
+    def versions(self, name: str, seen: LabelSelector = EVERYTHING) -> tuple[Record, ...]:
+        """A name's versions in `seen`, newest first. Raises Refusal(ADAPTER_NOT_FOUND)."""
+        query = records.living.where(_names.name == name, *seen.conditions())
+        newest_first = query.order_by(_versions.version.desc())
         with self._database.reading() as connection:
-            found = records.read(connection, connection.execute(query).all())
+            found = records.read(connection, connection.execute(newest_first).all())
         if not found:
             raise lookup.not_found(name)
         return found
@@ -124,14 +148,18 @@ class Index:
             return records.read(connection, rows)
 
     def label(
-        self, adapter: AdapterId, labels: Mapping[str, str], remove: Collection[str]
+        self,
+        adapter: AdapterId,
+        labels: Mapping[str, str],
+        remove: Collection[str],
+        seen: LabelSelector = EVERYTHING,
     ) -> Record:
         """Removes the labels `remove` from a version, then adds `labels`; returns the version.
 
         Raises Refusal: ADAPTER_NOT_FOUND; FIELD_INVALID for too many labels.
         """
         with self._database.writing() as connection:
-            record = lookup.find(connection, adapter)
+            record = lookup.find(connection, adapter, seen)
             connection.execute(
                 sa.delete(schema.labels).where(
                     _labels.name == record.name,
@@ -143,16 +171,17 @@ class Index:
             schema.count_change(connection)
             return lookup.find(connection, AdapterId(record.name, record.version))
 
-    def delete(self, name: str) -> None:
-        """Marks a name and its versions as deleted. Raises Refusal(ADAPTER_NOT_FOUND)."""
+    def delete(self, name: str, seen: LabelSelector = EVERYTHING) -> None:
+        """Marks a name and its versions as deleted.
+
+        Raises Refusal(ADAPTER_NOT_FOUND), also if its current version is not in `seen`.
+        """
+        of_name = _names.name == name
         with self._database.writing() as connection:
-            found = connection.execute(
-                sa.update(schema.names)
-                .where(_names.name == name, _names.current_version.is_not(None))
-                .values(current_version=None)
-            )
-            if not found.rowcount:
+            current = connection.execute(sa.select(_names.current_version).where(of_name)).scalar()
+            if current is None or not lookup.is_seen(connection, name, current, seen):
                 raise lookup.not_found(name)
+            connection.execute(sa.update(schema.names).where(of_name).values(current_version=None))
             connection.execute(
                 sa.update(schema.versions)
                 .where(_versions.name == name, _versions.deleted_at.is_(None))
@@ -160,13 +189,18 @@ class Index:
             )
             schema.count_change(connection)
 
-    def restore(self, name: str) -> Record:
+    def restore(
+        self, name: str, seen: LabelSelector = EVERYTHING, allotment: Allotment | None = None
+    ) -> Record:
         """Undoes a name's last deletion; returns its current version.
 
-        Raises Refusal: ADAPTER_NOT_FOUND if all its versions have been collected, ADAPTER_CONFLICT
-        if the name has been registered again or is an alias now.
+        Raises Refusal: ADAPTER_NOT_FOUND if all its versions have been collected, or the one that
+        was current is not in `seen`; ADAPTER_CONFLICT if the name has been registered again or is
+        an alias now; PERMISSION_DENIED if that is so for a version that is not in `seen`;
+        QUOTA_EXCEEDED as `point`.
         """
         with self._database.writing() as connection:
+            lookup.require_seen(connection, name, seen)
             if lookup.is_name(connection, name) or lookup.alias_row(connection, name) is not None:
                 message = f"{name} is in use again, as an adapter's name or as an alias"
                 raise Refusal(Reason.ADAPTER_CONFLICT, message, name)
@@ -176,12 +210,15 @@ class Index:
             )
             latest = deleted.order_by(_versions.deleted_at.desc(), _versions.version.desc())
             last = connection.execute(latest).first()
-            if last is None:
+            if last is None or not lookup.is_seen(connection, name, last.version, seen):
                 raise lookup.not_found(name)
+            before = None if allotment is None else holding(connection, allotment.selector)
             deletion = sa.and_(of_name, _versions.deleted_at == last.deleted_at)
             connection.execute(sa.update(schema.versions).where(deletion).values(deleted_at=None))
             of_row = sa.update(schema.names).where(_names.name == name)
             connection.execute(of_row.values(current_version=last.version))
+            if allotment is not None and before is not None:
+                allotment.require(before, holding(connection, allotment.selector))
             schema.count_change(connection)
             return lookup.find(connection, AdapterId(name))
 

@@ -85,6 +85,16 @@ class Adapters:
             case _:
                 self.residency.order(message)
 
+    def limit_host(self, nbytes: int | None) -> None:
+        """Limits the bytes in host memory, beyond what waiting requests need; None lifts it.
+
+        Without effect where the host memory of adapters was allocated at start.
+        """
+        if self.host.shared:
+            waiting = (request.submit.adapters for request in self.residency.waiting)
+            self.host.limit(nbytes, {ref.digest for refs in waiting for ref in refs})
+            self.residency.fetching.version += 1
+
     def settle(self) -> Settled:
         """Accepts what the loader has finished and moves everything on, between two steps.
 

@@ -71,7 +71,7 @@ class Fetching:
         is_served = self.staged is not None or any(d in self._reading for d in head_missing)
         if head_missing and not is_served and self._lanes.is_free(background=False):
             self._start(next(iter(head_missing.values())), ahead=False)
-        if not self._host.budget:
+        if not self._host.allowed:
             return
         for ref in islice(chain(head_missing.values(), missing), MOST_AHEAD):
             if not self._lanes.is_free(background=True):

@@ -48,13 +48,14 @@ class HostTier:
     """Adapters by digest, within `budget` bytes; 0 keeps none.
 
     Attributes:
+        allowed: bytes that it may take now; less than its budget while `limit` says so.
         shared: device memory is host memory, so adapters on the device are not charged here.
         nbytes: bytes charged.
         evictions: adapters removed to make room for others, since the start.
     """
 
     def __init__(self, budget: int, shared: bool) -> None:
-        self.budget = budget
+        self.budget = self.allowed = budget
         self.shared = shared
         self.adapters: dict[str, HostAdapter] = {}
         self.nbytes = 0
@@ -108,6 +109,14 @@ class HostTier:
             self.nbytes -= self.charge(held)
             self._order.forget(digest)
 
+    def limit(self, nbytes: int | None, keep: Collection[str]) -> None:
+        """Evicts down to `nbytes`, adapters in `keep` excepted, and stays below; None: no more."""
+        self.allowed = self.budget if nbytes is None else min(nbytes, self.budget)
+        for held in self._leaving(keep):
+            if self.nbytes <= self.allowed:
+                break
+            self._evict(held)
+
     def charge(self, held: HostAdapter) -> int:
         """Bytes of host memory that an adapter takes beyond those of its slot."""
         return 0 if self.shared and held.on_device else held.adapter.nbytes
@@ -121,12 +130,11 @@ class HostTier:
         self._order.touch(held.digest, held.adapter.nbytes, held.read_seconds)
 
     def _make_room(self, charge: int, keep: Collection[str]) -> bool:
-        over = self.nbytes + charge - self.budget
+        over = self.nbytes + charge - self.allowed
         if over <= 0:
             return True
         leaving: list[HostAdapter] = []
-        candidates = [h for h in self.adapters.values() if self.charge(h) and h.digest not in keep]
-        for held in sorted(candidates, key=lambda held: self._order.worth(held.digest)):
+        for held in self._leaving(keep):
             leaving.append(held)
             over -= self.charge(held)
             if over <= 0:
@@ -134,8 +142,16 @@ class HostTier:
         else:
             return False
         for held in leaving:
-            del self.adapters[held.digest]
-            self.nbytes -= self.charge(held)
-            self._order.evict(held.digest)
-            self.evictions += 1
+            self._evict(held)
         return True
+
+    def _leaving(self, keep: Collection[str]) -> list[HostAdapter]:
+        """The adapters that may leave and take bytes, in the order in which they should leave."""
+        found = [h for h in self.adapters.values() if self.charge(h) and h.digest not in keep]
+        return sorted(found, key=lambda held: self._order.worth(held.digest))
+
+    def _evict(self, held: HostAdapter) -> None:
+        del self.adapters[held.digest]
+        self.nbytes -= self.charge(held)
+        self._order.evict(held.digest)
+        self.evictions += 1

@@ -4,6 +4,8 @@
 
 The cost ahead of a request is what its account has waiting before it, and what the other accounts
 have waiting until their counters reach the one that its account will have then: see `FairQueue`.
+That of a principal with several accounts is found in the same way twice: among them, and then among
+principals.
 The wait is at least what the account's own queue takes at the pace at which it has been served.
 Nothing is refused while there is nothing to wait for, or before rates are known. So an idle server
 never refuses, however short a deadline is.
@@ -11,6 +13,8 @@ never refuses, however short a deadline is.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraplex_model.base.refusal import Reason
@@ -19,7 +23,7 @@ from loraplex_server.engine.batching.step_costs import NEW_COST
 from loraplex_server.engine.messages import Failure
 
 if TYPE_CHECKING:
-    from loraplex_server.engine.batching.fair_queue import FairQueue
+    from loraplex_server.engine.batching.fair_queue import Account, FairQueue
     from loraplex_server.engine.batching.request import Request
     from loraplex_server.engine.batching.step_costs import StepCosts, WorkRates
 
@@ -38,6 +42,23 @@ LATE = Failure(
     "the request has waited for so long that it would not end before its deadline; "
     "try again later, or set a longer deadline",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Backlog:
+    """Requests that are computed before another one: their cost, prompt tokens and number."""
+
+    cost: float
+    prompts: float
+    count: float
+
+    def plus(self, other: _Backlog, part: float) -> _Backlog:
+        """With a part of other requests, from 0 to 1."""
+        return _Backlog(
+            self.cost + part * other.cost,
+            self.prompts + part * other.prompts,
+            self.count + part * other.count,
+        )
 
 
 class Forecast:
@@ -97,23 +118,30 @@ class Forecast:
         """Time until a request starts, at measured rates; 0 if it is unknown or starts at once."""
         rates, own = self._rates, request.account
         assert own is not None, "the wait of a request without an account"
-        ahead = [each for each in own.queue if each.order < request.order]
-        cost = sum(map(self._cost, ahead))
+        ahead = self._load([each for each in own.queue if each.order < request.order])
         # Accounts that come later with small counters pass it, which its pace tells beforehand.
-        by_pace = cost / own.pace.value if own.pace.value else 0.0
-        prompts = float(sum(each.prompt_len for each in ahead))
-        count = float(len(ahead))
-        level = own.counter + cost / own.weight
-        for account in self._queue.waiting:
+        by_pace = ahead.cost / own.pace.value if own.pace.value else 0.0
+        top = own.top
+        if top.parts is not None:
+            ahead = self._before(own, top.parts.waiting, ahead)
+        ahead = self._before(top, self._queue.waiting, ahead)
+        wait = ahead.cost / rates.work_rate if rates.work_rate else 0.0
+        if ahead.count <= places and rates.prompt_rate:
+            wait = min(wait, ahead.prompts / rates.prompt_rate)
+        return max(wait, by_pace)
+
+    def _load(self, requests: Collection[Request]) -> _Backlog:
+        """The load of waiting requests."""
+        prompts = float(sum(each.prompt_len for each in requests))
+        return _Backlog(sum(map(self._cost, requests)), prompts, float(len(requests)))
+
+    def _before(self, own: Account, others: Iterable[Account], ahead: _Backlog) -> _Backlog:
+        """The load before a request of `own`: of `ahead`, its own, and of accounts beside it."""
+        level = own.counter + ahead.cost / own.weight
+        for account in others:
             before = (level - account.counter) * account.weight
             if account is own or before <= 0.0:
                 continue
-            waiting = sum(map(self._cost, account.queue))
-            part = min(1.0, before / waiting)
-            cost += part * waiting
-            prompts += part * sum(each.prompt_len for each in account.queue)
-            count += part * len(account.queue)
-        wait = cost / rates.work_rate if rates.work_rate else 0.0
-        if count <= places and rates.prompt_rate:
-            wait = min(wait, prompts / rates.prompt_rate)
-        return max(wait, by_pace)
+            all_of_it = self._load([each for leaf in account.leaves for each in leaf.queue])
+            ahead = ahead.plus(all_of_it, min(1.0, before / all_of_it.cost))
+        return ahead

@@ -156,7 +156,7 @@ class Scheduler:
             shares = Shares(self.running, most, self.pool.num_blocks, least)
         left_out = self._left_out(shares, prompts)
         if left_out:
-            prompts = [each for each in prompts if each.account not in left_out]
+            prompts = [each for each in prompts if _top(each) not in left_out]
             budget = min(self._token_budget // 2, self._token_budget - len(self.running))
             self._schedule_prompts(prompts, budget, rows, now, shares, left_out)
         self._left_some_out = bool(rows)
@@ -200,7 +200,7 @@ class Scheduler:
             remaining = len(request.tokens) - start
             if request.state is not RequestState.RUNNING:
                 continue  # it has been preempted for a row before it
-            if request in placed or request.account in left_out:
+            if request in placed or (left_out and _top(request) in left_out):
                 continue
             if remaining == 1:
                 if len(rows) < budget and (
@@ -342,7 +342,7 @@ class Scheduler:
         if shares is not None:
             if self._free_places <= 0:
                 heaviest = shares.heaviest
-                self._preempt([r for r in self.running if r.account is heaviest][-1], rows)
+                self._preempt([r for r in self.running if _top(r) is heaviest][-1], rows)
             shares.note_start(request)
         self._begin(request, now)
         return True
@@ -380,10 +380,17 @@ def _mix(row: BatchRow) -> tuple[tuple[int, float], ...]:
     return request.mix if row[1] >= request.active_from else ()
 
 
-def _by_counter(request: Request) -> tuple[float, tuple[float, int]]:
-    """Sort key: the counter of its account, then its order."""
+def _top(request: Request) -> Account:
+    """The account of a request that is compared with those of other callers."""
     assert request.account is not None, "a request without an account is scheduled"
-    return request.account.counter, request.order
+    return request.account.top
+
+
+def _by_counter(request: Request) -> tuple[float, float, tuple[float, int]]:
+    """Sort key: the counters of the account that it is charged to, then its order."""
+    account = request.account
+    assert account is not None, "a request without an account is scheduled"
+    return account.top.counter, account.counter, request.order
 
 
 def _take(ordered: list[Request], request: Request) -> None:

@@ -14,7 +14,8 @@ another one has filled the engine:
     if nothing decodes, and most    a step has a quarter of the budget, so that whoever comes need
     requests are one account's      not wait for a whole one
 
-An account is light while it holds at most an eighth of the places, else heavy.
+An account is light while it holds at most an eighth of the places, else heavy. All accounts of an
+identified principal count as one, `Account.top`.
 """
 
 from __future__ import annotations
@@ -52,12 +53,13 @@ class Shares:
     def note_start(self, request: Request) -> None:
         """Counts a running request."""
         if request.account is not None:
-            self._places[request.account] += 1
-            self._blocks[request.account] += len(request.blocks)
+            top = request.account.top
+            self._places[top] += 1
+            self._blocks[top] += len(request.blocks)
 
     def is_light(self, account: Account | None) -> bool:
         """As described above."""
-        return account is not None and self._places[account] <= max(1, self._few_places)
+        return account is not None and self._places[account.top] <= max(1, self._few_places)
 
     @property
     def heavy(self) -> set[Account]:
@@ -74,7 +76,7 @@ class Shares:
 
     def has_majority(self, prompts: Iterable[Request], waiting: Iterable[Account]) -> bool:
         """Whether more than half of all requests are one account's, of those with work to do."""
-        accounts = {each.account for each in prompts if each.account is not None}.union(waiting)
+        accounts = {each.account.top for each in prompts if each.account is not None}.union(waiting)
         counts = [account.open for account in accounts]
         return 2 * max(counts, default=0) > sum(counts)
 

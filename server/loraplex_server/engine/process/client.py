@@ -26,6 +26,7 @@ from loraplex_server.engine.messages import (
     Fatal,
     FromEngine,
     Hello,
+    LimitHost,
     Load,
     LoadDone,
     Merge,
@@ -39,6 +40,7 @@ from loraplex_server.engine.messages import (
     Unload,
     Unmerge,
     Withdraw,
+    files_digest,
 )
 from loraplex_server.engine.process.child import SpawnedEngine
 from loraplex_server.engine.process.limits import SupervisionLimits
@@ -62,7 +64,6 @@ REFUSED = Failure(
 )
 
 P = ParamSpec("P")
-
 log = logging.getLogger(__name__)
 
 
@@ -70,6 +71,7 @@ class EngineClient:
     """One engine process and its replacements.
 
     Attributes:
+        requests: what the process has been given and has not ended, by number.
         restarts: number of processes lost.
         stats: statistics of the last step; None before the first.
         adapters: the engine's table of adapters by digest.
@@ -105,7 +107,7 @@ class EngineClient:
         self._restoration = Restoration()
         self._report = LossReport()
         self._streams: dict[int, OutputStream] = {}
-        self._requests: dict[int, Submit] = {}
+        self.requests: dict[int, Submit] = {}
         self._pending: dict[int, asyncio.Future[None]] = {}
         self._ops = itertools.count(1)
         self.restarts = 0
@@ -158,7 +160,7 @@ class EngineClient:
     def _send(self, message: Submit) -> None:
         """Gives a request to the engine, unless it has ended."""
         if message.id in self._streams:
-            self._requests[message.id] = message
+            self.requests[message.id] = message
             self._supervisor.send(message)
 
     async def _submit_apart(
@@ -178,25 +180,24 @@ class EngineClient:
         if not self._suspects.ran_at_last_end(message):
             self._send(message)
             return
-
-        def is_starting() -> bool:
-            return message.id in self._streams and not stream.has_begun
-
-        alone = self._suspects.is_one_of_several(message)
-        await self._suspect_loads.begin(lambda: self._send(message), is_starting, alone)
+        await self._suspect_loads.begin(
+            lambda: self._send(message),
+            lambda: message.id in self._streams and not stream.has_begun,
+            alone=self._suspects.is_one_of_several(message),
+        )
 
     def _objection(self, message: Submit) -> Failure | None:
         """Why a request is not sent to the engine; None if it is."""
         if not self.ready:
             return self._absence
         for ref in message.adapters:
-            if ref.digest in self.quarantined:
-                return self._quarantine_of(ref.digest)
+            if (failure := self._quarantine_of(ref.digest)) is not None:
+                return failure
         return REFUSED if self._suspects.refuses(message) else None
 
     def abort(self, request_id: int) -> None:
         """Ends a request; its stream receives nothing more. Unknown ids are ignored."""
-        self._requests.pop(request_id, None)
+        self.requests.pop(request_id, None)
         if self._streams.pop(request_id, None) is not None:
             self._supervisor.send(Abort(request_id))
 
@@ -226,12 +227,13 @@ class EngineClient:
         self._restoration.merged.discard(digest)
         await self._order(Unmerge(next(self._ops), digest))
 
+    def limit_host(self, nbytes: int | None) -> None:
+        """Limits the bytes of adapters in host memory; None lifts the limit. Not answered."""
+        self._supervisor.send(LimitHost(nbytes))
+
     def forget(self, digest: str, only_pin: bool = False) -> None:
         """Has an adapter, or its pin, not restored by the next process."""
-        if only_pin:
-            self._restoration.unpin(digest)
-        else:
-            self._restoration.drop(digest)
+        (self._restoration.unpin if only_pin else self._restoration.drop)(digest)
 
     async def _order_load(self, message: Load | SetPinned | Merge) -> None:
         """Sends an order that may load or merge its adapter; a suspect waits for the others."""
@@ -241,15 +243,16 @@ class EngineClient:
             return
 
         async def order() -> None:
-            if digest in self.quarantined:
-                raise _refusal(self._quarantine_of(digest))
+            if (failure := self._quarantine_of(digest)) is not None:
+                raise _refusal(failure)
             await self._order(message)
 
         await self._suspect_loads.run(digest, order)
 
-    def _quarantine_of(self, digest: str) -> Failure:
-        text = f"the adapter {digest} is quarantined: {self.quarantined[digest]}"
-        return Failure(Reason.ADAPTER_QUARANTINED, text)
+    def _quarantine_of(self, digest: str) -> Failure | None:
+        why = self.quarantined.get(files_digest(digest))
+        text = f"the adapter {files_digest(digest)} is quarantined: {why}"
+        return None if why is None else Failure(Reason.ADAPTER_QUARANTINED, text)
 
     def release(self, digest: str) -> None:
         """Allows a quarantined adapter again, and drops what was counted against it."""
@@ -314,7 +317,7 @@ class EngineClient:
 
     def _finish(self, output: Output) -> None:
         """Puts the last output of a request into its stream, if that is still read."""
-        request = self._requests.pop(output.id, None)
+        request = self.requests.pop(output.id, None)
         if request is not None and output.finish is not None:
             self._suspects.on_finish(request)
         if (stream := self._streams.pop(output.id, None)) is not None:
@@ -352,11 +355,11 @@ class EngineClient:
         self.stats = None
         self.restarts += 1
         log.error("the engine process was lost; %d requests fail", len(self._streams))
-        self._report = self._suspects.on_death(self._requests.values())
+        self._report = self._suspects.on_death(self.requests.values())
         self.quarantined.update(self._report.quarantined)
         self._restoration.on_lost(
             self.adapters.values(),
-            lambda digest: self._suspects.is_suspect(digest) or digest in self.quarantined,
+            lambda d: self._suspects.is_suspect(d) or files_digest(d) in self.quarantined,
         )
         self.adapters = {}
         self._fail_all(RESTARTED)
@@ -384,7 +387,7 @@ class EngineClient:
     def _fail_all(self, failure: Failure) -> None:
         """Ends every open stream and every unanswered order with a failure."""
         streams, self._streams = self._streams, {}
-        self._requests.clear()
+        self.requests.clear()
         for request_id, stream in streams.items():
             stream.put(Output(id=request_id, error=failure))
         pending, self._pending = self._pending, {}

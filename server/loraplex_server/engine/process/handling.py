@@ -13,6 +13,7 @@ from loraplex_server.engine.messages import (
     Abort,
     Control,
     ControlDone,
+    LimitHost,
     Shutdown,
     Submit,
     ToEngine,
@@ -60,18 +61,23 @@ class Handler:
                 case Abort():
                     self._core.abort(message.id)
                     return None
+                case LimitHost():
+                    self._core.limit_host(message.nbytes)
+                    return None
                 case Unload():
                     self._core.control(within_reach(message))
                 case _:
                     self._core.control(message)
         except Exception:
-            log.exception("a message of the kind %s failed", type(message).__name__)
+            concerns = {"request_id": message.request_id} if isinstance(message, Submit) else None
+            text = "a message of the kind %s failed"
+            log.exception(text, type(message).__name__, extra=concerns)
             return self._failed(message)
         self._failures = 0
         return None
 
-    def _failed(self, message: Submit | Abort | Control) -> ControlDone | None:
-        if isinstance(message, Abort):
+    def _failed(self, message: Submit | Abort | LimitHost | Control) -> ControlDone | None:
+        if isinstance(message, Abort | LimitHost):
             return None
         self._failures += 1
         if isinstance(message, Submit):

@@ -25,7 +25,7 @@ from typing import Final
 
 import msgspec
 
-from loraplex_server.engine.messages import Attempt, LoadDone, MergeDone, Submit
+from loraplex_server.engine.messages import Attempt, LoadDone, MergeDone, Submit, files_digest
 from loraplex_server.engine.process.limits import SupervisionLimits
 
 REQUEST_SECONDS: Final = 3600.0
@@ -116,24 +116,25 @@ class Suspects:
     # adapters
 
     def attempt(self, attempt: Attempt) -> None:
-        """Notes that work on an adapter begins or has ended."""
-        key = attempt.digest, attempt.work
+        """Notes that work on an adapter begins or has ended, in whosever copy."""
+        key = files_digest(attempt.digest), attempt.work
         self._attempts[key] += 1 if attempt.begun else -1
         if not self._attempts[key]:
             del self._attempts[key]
 
     def is_suspect(self, digest: str) -> bool:
         """Whether a process ended during work on the adapter, which has not succeeded since."""
-        return any(suspect == digest for suspect, _ in self._evidence.adapters)
+        files = files_digest(digest)
+        return any(suspect == files for suspect, _ in self._evidence.adapters)
 
     def on_load(self, done: LoadDone) -> None:
         """Clears an adapter whose load has ended, even with an error: the process survived it."""
-        del self._evidence.adapters[done.digest, "load"]
+        del self._evidence.adapters[files_digest(done.digest), "load"]
 
     def on_merge(self, done: MergeDone) -> None:
         """Clears an adapter whose merge has ended, even with an error."""
         if done.merged:
-            del self._evidence.adapters[done.digest, "merge"]
+            del self._evidence.adapters[files_digest(done.digest), "merge"]
 
     def forget(self, digest: str) -> None:
         """Drops everything that was counted against an adapter."""
@@ -194,7 +195,7 @@ class Suspects:
         ran = {
             content_of(request)
             for request in requests
-            if not any(ref.digest in suspects for ref in request.adapters)
+            if not any(files_digest(ref.digest) in suspects for ref in request.adapters)
         }
         return LossReport(suspects, quarantined, self._count_requests(ran))
 
@@ -218,16 +219,19 @@ class Suspects:
 def content_of(request: Submit) -> bytes:
     """Digest of what a request computes.
 
-    Its id, deadline, priority, account, salt of the prefix cache and seed are left out.
+    Its ids, deadline, priority, payer, salt of the prefix cache and seed are left out.
     """
     sampling = msgspec.structs.replace(request.sampling, seed=0)
     plain = msgspec.structs.replace(
         request,
         id=0,
+        request_id="",
         deadline=None,
         priority=0,
         account="",
         cache_salt="",
+        principal="",
+        weight=1.0,
         sampling=sampling,
     )
     return hashlib.blake2b(msgspec.msgpack.encode(plain), digest_size=16).digest()

@@ -26,7 +26,7 @@ from loraplex_model.decoder.open import Decoder, ServingSizes, open_decoder
 from loraplex_model.ops.devices import resolve
 from loraplex_model.ops.dtypes import BY_NAME
 
-from loraplex_server.engine.messages import AdapterRef, ModelInfo
+from loraplex_server.engine.messages import AdapterRef, ModelInfo, files_digest
 from loraplex_server.engine.runner.adapter_memory import (
     AdapterMemory,
     SharedMemory,
@@ -136,7 +136,7 @@ class LocalRunner:
 
     def _read(self, ref: AdapterRef) -> ReadAdapter:
         weights = self.decoder.weights
-        spec, delta = load(Path(ref.path), ref.digest, weights, self.limits)
+        spec, delta = load(Path(ref.path), files_digest(ref.digest), weights, self.limits)
         packed = pack(delta, weights.embed.dtype, self.memory.zeros)
         merge_nbytes = merged_nbytes(delta, weights.config, self.merge_dtype)
         return ReadAdapter(packed, merge_nbytes, spec.invocation_tokens)

@@ -2,11 +2,13 @@
 
 A row of the table gives a reason its gRPC code and the kind of detail in its status. Handlers raise
 `Refusal`, and only the interceptor turns it into a status. Every status has a
-`google.rpc.ErrorInfo`; a status with code UNAVAILABLE also says when to try again.
+`google.rpc.ErrorInfo`; a status with code UNAVAILABLE, or of a refusal that knows the time itself,
+also says when to try again.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -40,7 +42,8 @@ class Detail(Enum):
 class Row:
     """The gRPC code and detail of a reason.
 
-    `retry_seconds` is the pause after which a client may try again; 0 if that would not help.
+    `retry_seconds` is the pause after which a client may try again, where the refusal gives no
+    other; 0 if that would not help.
     """
 
     code: grpc.StatusCode
@@ -124,10 +127,14 @@ def for_client(refusal: Refusal, subject: Subject = NO_SUBJECT, field: str = "")
         refusal.message,
         problems=[Problem(p.field or fallback, p.message, p.reason) for p in refusal.problems],
         subject=refusal.subject if refusal.subject != NO_SUBJECT else subject,
+        retry_seconds=refusal.retry_seconds,
     )
 
 
 Trailers = tuple[tuple[str, str | bytes], ...]
+
+MAX_PAUSE_SECONDS: Final = 86_400.0
+"""Longest pause that a client is told; after longer ones, a client must not wait for it."""
 
 TRAILER_BYTES: Final = 6 << 10
 """Most bytes of trailing metadata as HTTP/2 counts them, encodings included. Peers and proxies
@@ -171,16 +178,29 @@ def _status(error: Refusal, problems: Sequence[Problem], request_id: str) -> sta
     status = status_pb2.Status(code=row.code.value[0], message=text)
     for detail in (info, *_details(error, row, text, problems)):
         status.details.add().Pack(detail)
+    if (pause := _pause_milliseconds(error)) is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(pause)
+        status.details.add().Pack(retry)
     return status
+
+
+def _pause_milliseconds(error: Refusal) -> int | None:
+    """The pause after which a client may try again, rounded up; None if that would not help."""
+    row = TABLE[error.reason]
+    seconds = error.retry_seconds
+    if seconds is None:
+        seconds = row.retry_seconds if row.detail is Detail.RETRY else math.inf
+    return math.ceil(seconds * 1000) if seconds <= MAX_PAUSE_SECONDS else None
 
 
 def _details(
     error: Refusal, row: Row, text: str, problems: Sequence[Problem]
 ) -> Iterator[message.Message]:
-    """The detail that the row asks for; none for `Detail.NONE`."""
+    """The detail that the row asks for; the pause is added by `_status`."""
     kind, name = error.subject.kind, _cut(error.subject.name, _FIELD_BYTES)
     match row.detail:
-        case Detail.NONE:
+        case Detail.NONE | Detail.RETRY:
             return
         case Detail.BAD_REQUEST:
             bad = error_details_pb2.BadRequest()
@@ -200,12 +220,10 @@ def _details(
             yield unmet
         case Detail.QUOTA:
             quota = error_details_pb2.QuotaFailure()
-            quota.violations.add(subject=name, description=text)
+            quota.violations.add(
+                subject=name, description=text, quota_id=_cut(error.field, _FIELD_BYTES)
+            )
             yield quota
-        case Detail.RETRY:
-            retry = error_details_pb2.RetryInfo()
-            retry.retry_delay.FromMilliseconds(round(row.retry_seconds * 1000))
-            yield retry
 
 
 def _cut(text: str, limit: int) -> str:
@@ -229,13 +247,12 @@ def _cut_encoded(text: str, limit: int) -> str:
     return text[:end] + "…"
 
 
-def trailers_of(status: status_pb2.Status, reason: Reason, request_id: str) -> Trailers:
-    """The trailing metadata that goes with a status and its message."""
+def trailers_of(status: status_pb2.Status, error: Refusal, request_id: str) -> Trailers:
+    """The trailing metadata that goes with the status of a refusal and its message."""
     trailers: list[tuple[str, str | bytes]] = [
         (_STATUS_DETAILS_KEY, status.SerializeToString()),
         ("x-request-id", request_id),
     ]
-    row = TABLE[reason]
-    if row.detail is Detail.RETRY:
-        trailers.append((_PUSHBACK_KEY, str(round(row.retry_seconds * 1000))))
+    if (pause := _pause_milliseconds(error)) is not None:
+        trailers.append((_PUSHBACK_KEY, str(pause)))
     return tuple(trailers)

@@ -13,10 +13,16 @@ T = TypeVar("T")
 
 
 class CallGate:
-    """Counts the running calls of our services and signals when the server drains."""
+    """Counts the running calls of our services and signals when the server drains.
+
+    Attributes:
+        draining: new calls are refused.
+        require_memory: raises Refusal for a method whose calls must wait for memory.
+    """
 
     def __init__(self) -> None:
         self.draining = False
+        self.require_memory: Callable[[str], None] = lambda method: None
         self._calls = 0
         self._closing = asyncio.Event()
         self._idle = asyncio.Event()
@@ -24,6 +30,11 @@ class CallGate:
         self._arrived = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._when_closing: list[Callable[[], None]] = []
+
+    @property
+    def calls(self) -> int:
+        """Number of calls of our services that run."""
+        return self._calls
 
     def when_closing(self, callback: Callable[[], None]) -> None:
         """Registers a callback, which is called when the gate closes."""

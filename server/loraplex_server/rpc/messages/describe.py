@@ -13,7 +13,7 @@ from loraplex_adapters.store import OpenUpload
 from loraplex_model.base.refusal import Problem
 
 from loraplex_server.engine.messages import AdapterStatus
-from loraplex_server.registry.feed import AdapterRow
+from loraplex_server.registry.view import AdapterRow
 
 _STATES: Final = {
     "host": adapter_pb2.ADAPTER_STATE_STORED,

@@ -12,6 +12,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from loraplex.v1 import training_pb2
 from loraplex_model.base.refusal import Problem, Reason
 
+from loraplex_server.access.principals import Principal
+from loraplex_server.access.rules import labels_of_new, require_name
 from loraplex_server.training.jobs import (
     EvaluationRecord,
     JobOrder,
@@ -68,8 +70,8 @@ def path(problem: Problem) -> str:
     return PATHS.get(key, _FALLBACKS[problem.reason])
 
 
-def request(message: training_pb2.CreateJobRequest) -> JobRequest:
-    """Returns the order of a valid request."""
+def request(message: training_pb2.CreateJobRequest, principal: Principal) -> JobRequest:
+    """Returns the order of a valid request. Raises Refusal(PERMISSION_DENIED)."""
     spec, delivery = message.spec, message.delivery
     settings: dict[str, Scalar] = dict(_given(spec, _SPEC))
     settings |= _given(spec.optimiser, _OPTIMISER)
@@ -83,13 +85,16 @@ def request(message: training_pb2.CreateJobRequest) -> JobRequest:
         replace=delivery.replace,
         load=delivery.load,
         alias=delivery.alias,
-        labels=dict(delivery.labels),
+        labels=labels_of_new(principal, delivery.labels),
     )
+    for name in filter(None, (order.name, order.alias)):
+        require_name(principal, name)
     data, evaluation = (
         DataSource(given.jsonl, given.path) for given in (message.data, message.eval_data)
     )
     has_evaluation = message.HasField("eval_data")
-    return JobRequest(order, data, evaluation if has_evaluation else None, message.request_id)
+    evaluation_given = evaluation if has_evaluation else None
+    return JobRequest(order, data, evaluation_given, message.request_id, principal)
 
 
 def job(found: JobRecord, position: int) -> training_pb2.TrainingJob:

@@ -14,11 +14,13 @@ from loraplex_adapters.format.foreign.notes import folder_notes
 from loraplex_adapters.store import Record, VersionText
 from loraplex_model.base.refusal import Refusal, Subject
 
+from loraplex_server.access.principals import caller
+from loraplex_server.access.rules import labels_of_new, require_labelling, require_name
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import AdapterRef
-from loraplex_server.registry.feed import AdapterRow
 from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.terms import Registered, RegistrationTerms
+from loraplex_server.registry.view import View
 from loraplex_server.rpc.calls.errors import for_client, require
 from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.calls.peers import peer_address
@@ -60,8 +62,9 @@ def _order(
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     """See loraplex/v1/adapter.proto.
 
-    A returned adapter is described as it is after the call. Calls that only read the store or only
-    move an adapter within the engine use these directly; all others go through the registry.
+    Versions that the caller does not see do not exist for it, in any method. A returned adapter is
+    described as it is after the call. Calls that only read the store or only move an adapter within
+    the engine use these directly; all others go through the registry.
     """
 
     def __init__(self, registry: Registry, gate: CallGate) -> None:
@@ -88,7 +91,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         require(validate.page(request))
         size = request.page_size or DEFAULT_PAGE
         terms = (size, request.page_token, dict(request.labels))
-        work = self._registry.read(self._store.page, *terms)
+        work = self._registry.read(self._store.page, *terms, caller().seen)
         page = await _typed(work, "", "page_token")
         reply = pb.ListAdaptersResponse(next_page_token=page.next_page_token)
         await extend_in_slices(reply.adapters, page.records, self._describe)
@@ -99,7 +102,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.ListAdapterVersionsResponse:
         """Lists all versions of a name, the newest first."""
         require(validate.name(request.name))
-        work = self._registry.read(self._store.versions, request.name)
+        work = self._registry.read(self._store.versions, request.name, caller().seen)
         found = await _typed(work, request.name, "name")
         reply = pb.ListAdapterVersionsResponse()
         await extend_in_slices(reply.adapters, found, self._describe)
@@ -112,11 +115,12 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         require(validate.validation(request))
         notes = folder_notes(request.other_files)
         if request.WhichOneof("source") == "path":
-            source = self._registry.imported(request.path)
+            source = self._registry.imported(request.path, caller())
             report = await _typed(self._registry.examine(source), "", "path")
             notes = folder_notes(source.names)
         else:
-            work = self._registry.examine(partial(self._store.uploads.reading, request.upload_id))
+            upload = request.upload_id, caller().owner
+            work = self._registry.examine(partial(self._store.uploads.reading, *upload))
             report = await _typed(work, request.upload_id, "upload_id", _UPLOAD)
         return describe.judgement(report, notes)
 
@@ -124,8 +128,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.WatchAdaptersRequest, context: _Context
     ) -> AsyncGenerator[pb.WatchAdaptersResponse, None]:
         """Streams the table of adapters, then its changes."""
+        watched = watching.watch(self._registry.feed, self._gate, View.of(caller()))
         try:
-            async with aclosing(watching.watch(self._registry.feed, self._gate)) as messages:
+            async with aclosing(watched) as messages:
                 async for message in messages:
                     yield message
         except Refusal as error:
@@ -138,14 +143,19 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.RegisterAdapterResponse:
         """Checks, copies and registers a directory below the import root."""
         require(validate.register(request))
+        principal = caller()
+        require_name(principal, request.name)
         terms = RegistrationTerms(
             request.name,
             request.replace,
-            dict(request.labels),
+            labels_of_new(principal, request.labels),
             load=request.load,
             text=VersionText.of(request.chat_template, request.eos_token_ids),
+            seen=principal.seen,
+            copies=principal.copies,
+            allotment=await self._uploads.allotment(principal),
         )
-        source = self._registry.imported(request.path)
+        source = self._registry.imported(request.path, principal)
         work = self._registry.register(source, terms)
         adapter, created = await _typed(work, request.name, "path")
         notes = folder_notes(source.names, has_template=bool(request.chat_template))
@@ -160,16 +170,19 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.LabelAdapterResponse:
         """Sets and removes labels of a version."""
         require(validate.label(request))
+        require_labelling(caller(), request.set, request.remove)
         change = (request.adapter_id, dict(request.set), list(request.remove))
-        work = self._registry.change(self._store.label, *change)
+        work = self._registry.label(*change, caller())
         record = await _typed(work, request.adapter_id, "set")
         return pb.LabelAdapterResponse(adapter=self._describe(record))
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: _Context) -> pb.SetAliasResponse:
         """Points an alias to a version."""
         require(validate.alias(request))
+        require_name(caller(), request.alias)
         expected = request.expected if request.HasField("expected") else None
-        work = self._registry.set_alias(request.alias, request.adapter_id, expected)
+        change = (request.alias, request.adapter_id, expected)
+        work = self._registry.set_alias(*change, caller().seen)
         record = await _typed(work, request.adapter_id, "adapter_id")
         return pb.SetAliasResponse(adapter=self._describe(record))
 
@@ -178,7 +191,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.DeleteAliasResponse:
         """Deletes an alias."""
         require(validate.name(request.alias, "alias"))
-        await _typed(self._registry.delete_alias(request.alias), request.alias, "alias")
+        require_name(caller(), request.alias)
+        work = self._registry.delete_alias(request.alias, caller().seen)
+        await _typed(work, request.alias, "alias")
         return pb.DeleteAliasResponse()
 
     async def DeleteAdapter(
@@ -186,7 +201,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.DeleteAdapterResponse:
         """Deletes a name."""
         require(validate.name(request.name))
-        await _typed(self._registry.delete(request.name), request.name, "name")
+        require_name(caller(), request.name)
+        work = self._registry.delete(request.name, caller().seen)
+        await _typed(work, request.name, "name")
         return pb.DeleteAdapterResponse()
 
     async def RestoreAdapter(
@@ -194,7 +211,11 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.RestoreAdapterResponse:
         """Restores a deleted name."""
         require(validate.name(request.name))
-        record = await _typed(self._registry.restore(request.name), request.name, "name")
+        require_name(caller(), request.name)
+        principal = caller()
+        allotment = await self._uploads.allotment(principal)
+        work = self._registry.restore(request.name, principal.seen, allotment)
+        record = await _typed(work, request.name, "name")
         return pb.RestoreAdapterResponse(adapter=self._describe(record))
 
     # uploads
@@ -203,7 +224,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.StartUploadRequest, context: _Context
     ) -> pb.StartUploadResponse:
         """Opens an upload and returns its id."""
-        work = self._lanes.uploads.run(self._store.uploads.begin, peer_address(context.peer()))
+        await _typed(self._uploads.require_begin(caller()), "", "", _UPLOAD)
+        by = peer_address(context.peer()), caller().name
+        work = self._lanes.uploads.run(self._store.uploads.begin, *by)
         upload_id = await _typed(work, "", "", _UPLOAD)
         return pb.StartUploadResponse(upload_id=upload_id)
 
@@ -213,7 +236,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         context: _Context,
     ) -> pb.UploadAdapterResponse:
         """Receives an adapter's files and registers it."""
-        work = self._uploads.receive(request_iterator, peer_address(context.peer()))
+        peer = peer_address(context.peer())
+        work = self._uploads.receive(request_iterator, peer, caller())
         done = await _typed(work, "", "name", _UPLOAD)
         if done is None:
             return pb.UploadAdapterResponse()
@@ -226,7 +250,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.GetUploadResponse:
         """Reports the received bytes of an upload."""
         require(validate.upload_id(request.upload_id))
-        work = self._lanes.uploads.run(self._store.uploads.state, request.upload_id)
+        upload = request.upload_id, caller().owner
+        work = self._lanes.uploads.run(self._store.uploads.state, *upload)
         sizes = await _typed(work, request.upload_id, "upload_id", _UPLOAD)
         return pb.GetUploadResponse(
             config_bytes=sizes.config_bytes, weights_bytes=sizes.weights_bytes
@@ -236,7 +261,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.ListUploadsRequest, context: _Context
     ) -> pb.ListUploadsResponse:
         """Lists the open uploads."""
-        found = await _typed(self._lanes.uploads.run(self._store.uploads.all), "", "", _UPLOAD)
+        work = self._lanes.uploads.run(self._store.uploads.all, caller().owner)
+        found = await _typed(work, "", "", _UPLOAD)
         return pb.ListUploadsResponse(uploads=map(describe.upload, found))
 
     async def AbortUpload(
@@ -244,7 +270,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.AbortUploadResponse:
         """Deletes an upload."""
         require(validate.upload_id(request.upload_id))
-        work = self._lanes.uploads.run(self._store.uploads.abort, request.upload_id)
+        upload = request.upload_id, caller().owner
+        work = self._lanes.uploads.run(self._store.uploads.abort, *upload)
         await _typed(work, request.upload_id, "upload_id", _UPLOAD)
         return pb.AbortUploadResponse()
 
@@ -268,10 +295,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         drain = None
         if request.HasField("drain"):
             drain = request.drain.seconds + request.drain.nanos / 1e9
+        how = request.force, drain, caller().sees_all
         adapter = await self._ordered(
-            request.adapter_id,
-            lambda a: self._registry.unload(a.digest, request.force, drain),
-            uses=False,
+            request.adapter_id, lambda ref: self._registry.unload(ref, *how), uses=False
         )
         return pb.UnloadAdapterResponse(adapter=adapter)
 
@@ -281,17 +307,17 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         """Carries out an order to the engine and describes the adapter afterwards."""
         require(validate.adapter_id(adapter_id))
         resolving = self._registry.servable if uses else self._registry.resolve
-        adapter = await _typed(resolving(adapter_id), adapter_id, "adapter_id")
+        adapter = await _typed(resolving(adapter_id, caller()), adapter_id, "adapter_id")
         await _typed(order(adapter.ref), adapter_id, "adapter_id")
         return self._describe(adapter.record)
 
     async def _resolve(self, adapter_id: str) -> Registered:
         require(validate.adapter_id(adapter_id))
-        return await _typed(self._registry.resolve(adapter_id), adapter_id, "adapter_id")
+        work = self._registry.resolve(adapter_id, caller())
+        return await _typed(work, adapter_id, "adapter_id")
 
     def _describe(self, record: Record) -> pb.Adapter:
-        status = self._engine.adapters.get(record.digest)
-        row = AdapterRow(record.digest, record, status)
+        row = View.of(caller()).row(record, self._engine.adapters)
         return describe.adapter(row, self._registry.obstacle(record))
 
 

@@ -18,11 +18,14 @@ from google.protobuf.message import Message
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
+from loraplex_server.access.principals import Principal, caller
+from loraplex_server.access.quotas import Allowance, Quotas
+from loraplex_server.access.rules import cache_salt
 from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import Failure, Logprobs, Output, SamplingParams, Submit
 from loraplex_server.fair_weights import account_of
-from loraplex_server.logs import REQUEST_ID
+from loraplex_server.logs import REQUEST_ID, note
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.texts import end_tokens
@@ -37,6 +40,7 @@ from loraplex_server.rpc.messages.completion import (
 )
 from loraplex_server.rpc.messages.slices import extend_in_slices
 from loraplex_server.rpc.services.admission import Admission, Ticket, admitted_deadline
+from loraplex_server.rpc.services.counted import counted
 from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.resolve import (
     WeightedAdapter,
@@ -46,6 +50,7 @@ from loraplex_server.rpc.services.resolve import (
     room_beside,
     unmixable,
 )
+from loraplex_server.rpc.services.timing import GenerationTimes
 
 DEFAULT_MAX_NEW_TOKENS: Final = 256
 
@@ -61,6 +66,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     registry: Registry
     prompts: Prompts
     admission: Admission
+    quotas: Quotas
     metrics: Metrics
     bounds: validate.ModelBounds
     stream_writes: int
@@ -108,31 +114,41 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         streaming: bool = False,
     ) -> AsyncGenerator[_Event, None]:
         field_path = "request." if streaming else ""
-        clock = _Clock(self.metrics)
-        require(validate.generate(request, self.bounds, field_path))
-        with self.admission.enter(_asked(request)) as ticket:
-            adapters = await self._resolve(request, field_path)
-            room = room_beside(adapters, self.bounds.max_context)
-            prompt = await self._prompt(request, adapters, field_path, room)
-            require(validate.scores(request, len(prompt), field_path))
-            ticket.wait(len(prompt))
-            call = _Call(
-                request=request,
-                adapters=adapters,
-                prompt=prompt,
-                room=room,
-                deadline=_deadline(context),
-                field_path=field_path,
-                streaming=streaming,
-                max_priority=self.max_priority,
-            )
-            with self.metrics.generation(call.names):
-                async with aclosing(self._run(call, ticket, clock)) as events:
-                    async for event in events:
-                        yield event
+        base = self.engine.hello.model.name
+        times = GenerationTimes(self.metrics, request, base, streaming)
+        principal, deadline = caller(), admitted_deadline(context.time_remaining())
+        with counted(self.metrics.principals, principal.name, deadline):
+            require(validate.generate(request, self.bounds, field_path))
+            account = principal.name or _asked(request)
+            with (
+                self.quotas.enter(principal) as allowance,
+                self.admission.enter(account) as ticket,
+            ):
+                adapters = await self._resolve(request, field_path, principal)
+                room = room_beside(adapters, self.bounds.max_context)
+                prompt = await self._prompt(request, adapters, field_path, room)
+                require(validate.scores(request, len(prompt), field_path))
+                allowance.prompt(len(prompt))
+                ticket.wait(len(prompt))
+                call = _Call(
+                    request=request,
+                    adapters=adapters,
+                    prompt=prompt,
+                    room=room,
+                    deadline=deadline,
+                    field_path=field_path,
+                    streaming=streaming,
+                    max_priority=self.max_priority,
+                    principal=principal,
+                    allowance=allowance,
+                )
+                with self.metrics.generation(call.names):
+                    async with aclosing(self._run(call, ticket, times)) as events:
+                        async for event in events:
+                            yield event
 
     async def _run(
-        self, call: _Call, ticket: Ticket, clock: _Clock
+        self, call: _Call, ticket: Ticket, times: GenerationTimes
     ) -> AsyncGenerator[_Event, None]:
         request_id = next(self.ids)
         completion = self._completion(call)
@@ -140,6 +156,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         try:
             started, begun = self._started(call), False
             not_before = 0.0
+            times.submit(records(call.adapters))
             outputs = self.engine.submit(call.submit(request_id, self.bounds))
             while taken := await outputs.take(not_before):
                 for batch in slices(taken):
@@ -152,12 +169,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                             completion.base_tokens = output.base_tokens
                             completion.cached_tokens = output.cached_tokens
                             self._begin(call, ticket, output)
+                            times.start(output)
                             yield started
                     piece = completion.take(batch)
-                    clock.tokens(len(piece.token_ids))
+                    times.tokens(len(piece.token_ids))
+                    call.allowance.generated(len(piece.token_ids))
                     if piece.token_ids or piece.text:
                         yield await self._delta(piece)
                     if piece.finish:
+                        times.finish(piece.finish)
                         # Frees the rows now, without waiting for the client to read the message.
                         self.engine.abort(request_id)
                         code = grpc.StatusCode.OK
@@ -180,6 +200,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         finally:
             self.engine.abort(request_id)
             self.metrics.generation_ended(call.names, code.name, completion.tokens)
+            self.metrics.principals.used(call.principal.name, "completion", completion.tokens)
+            times.end(len(call.prompt), completion.tokens)
 
     def _completion(self, call: _Call) -> CompletionBuilder:
         request = call.request
@@ -188,13 +210,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return CompletionBuilder(self.prompts.tokenizer, call.prompt, strings, skip)
 
     async def _resolve(
-        self, request: generation_pb2.GenerateRequest, field_path: str
+        self, request: generation_pb2.GenerateRequest, field_path: str, principal: Principal
     ) -> Sequence[WeightedAdapter]:
         field = field_path + ("adapter_id" if request.adapter_id else "mix")
         try:
-            adapters = await resolve(request, self.registry)
+            adapters = await resolve(request, self.registry, principal)
         except Refusal as error:
             raise for_client(error, _subject(request), field) from error
+        if adapters:
+            note(digest=",".join(each.adapter.record.digest for each in adapters))
         if text := unmixable(adapters):
             reason = Reason.ADAPTER_NOT_MIXABLE
             raise Refusal(reason, text, problems=[Problem(field, text)])
@@ -229,8 +253,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def _begin(self, call: _Call, ticket: Ticket, output: Output) -> None:
         """Records that the prompt of a request is computed."""
         ticket.run()
-        self.metrics.series.queue_wait_seconds.observe(output.queue_seconds)
+        call.allowance.begin()
         self.metrics.generation_started(call.names, len(call.prompt), output.cached_tokens)
+        self.metrics.principals.used(call.principal.name, "prompt", len(call.prompt))
 
     def _started(self, call: _Call) -> _Event:
         """The first event of a request, still without log-probabilities of the prompt."""
@@ -281,11 +306,18 @@ class _Call:
     field_path: str
     streaming: bool
     max_priority: int
+    principal: Principal
+    allowance: Allowance
 
     @property
     def names(self) -> list[str]:
         """Names of the adapters, each once, for metrics."""
         return list(dict.fromkeys(each.adapter.record.name for each in self.adapters))
+
+    @property
+    def _priority_ceiling(self) -> int:
+        own = self.principal.limits.max_priority
+        return self.max_priority if own is None else min(self.max_priority, own)
 
     def field_of(self, failure: Failure) -> str:
         """Path of the request's field that a failure is about."""
@@ -307,31 +339,14 @@ class _Call:
             stop_token_ids=sorted({*ends, *stop.token_ids}),
             logprobs=_given(request, "logprobs"),
             prompt_logprobs=_given(request, "prompt_logprobs"),
-            priority=min(request.priority, self.max_priority),
+            priority=min(request.priority, self._priority_ceiling),
             deadline=self.deadline,
             account=account_of(self.names),
-            cache_salt=request.cache_salt,
+            principal=self.principal.name,
+            weight=self.principal.weight,
+            cache_salt=cache_salt(self.principal, request.cache_salt),
+            request_id=REQUEST_ID.get(),
         )
-
-
-class _Clock:
-    """Measures the times of tokens since the call's arrival."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._last = time.monotonic()
-        self._first = True
-
-    def tokens(self, count: int) -> None:
-        if not count:
-            return
-        now = time.monotonic()
-        if self._first:
-            self._metrics.series.time_to_first_token_seconds.observe(now - self._last)
-            self._first = False
-        else:
-            self._metrics.series.inter_token_latency_seconds.observe((now - self._last) / count)
-        self._last = now
 
 
 def _sampling(wire: generation_pb2.SamplingParams) -> SamplingParams:
@@ -365,10 +380,6 @@ def _asked(request: generation_pb2.GenerateRequest) -> str:
     """The account that a request names, before its names are resolved."""
     ids = [request.adapter_id] if request.adapter_id else [term.adapter_id for term in request.mix]
     return account_of([each.partition("@")[0] for each in ids])
-
-
-def _deadline(context: _Context) -> float | None:
-    return admitted_deadline(context.time_remaining())
 
 
 def _subject(request: generation_pb2.GenerateRequest) -> Subject:

@@ -12,6 +12,8 @@ from loraplex_model.base.info import public_name
 from loraplex_model.base.refusal import Refusal, Subject
 from loraplex_model.checkpoints.tokenizer import SpeltToken
 
+from loraplex_server.access.principals import caller
+from loraplex_server.access.rules import require_base
 from loraplex_server.engine.messages import ModelInfo
 from loraplex_server.registry.registry import Registry
 from loraplex_server.rpc.calls.errors import for_client, require
@@ -72,9 +74,10 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 
     async def _resolve(self, adapter_id: str) -> Sequence[WeightedAdapter]:
         if not adapter_id:
+            require_base(caller())
             return ()
         try:
-            return (WeightedAdapter(await self.registry.servable(adapter_id), 1.0),)
+            return (WeightedAdapter(await self.registry.servable(adapter_id, caller()), 1.0),)
         except Refusal as error:
             subject = Subject("loraplex.v1.Adapter", adapter_id)
             raise for_client(error, subject, "adapter_id") from error

@@ -11,6 +11,8 @@ from loraplex_adapters.format.kinds.virtual import ROOM
 from loraplex_adapters.store import Record
 from loraplex_model.base.refusal import Reason, Refusal
 
+from loraplex_server.access.principals import Principal
+from loraplex_server.access.rules import require_base
 from loraplex_server.engine.messages import AdapterRef
 from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.terms import Registered
@@ -25,19 +27,28 @@ class WeightedAdapter:
 
 
 async def resolve(
-    request: generation_pb2.GenerateRequest, registry: Registry
+    request: generation_pb2.GenerateRequest, registry: Registry, principal: Principal
 ) -> Sequence[WeightedAdapter]:
     """Resolves the adapters of a valid request, in its order; none for the bare base.
 
-    Raises Refusal for the first that does not exist (ADAPTER_NOT_FOUND) or may not be served.
+    Raises Refusal for the first, in this order, that does not exist for the principal
+    (ADAPTER_NOT_FOUND) or may not be served; PERMISSION_DENIED for the base.
     """
     if request.adapter_id:
-        return (WeightedAdapter(await registry.servable(request.adapter_id), 1.0),)
+        return (WeightedAdapter(await registry.servable(request.adapter_id, principal), 1.0),)
     if not request.mix:
+        require_base(principal)
         return ()
-    found = await asyncio.gather(*(registry.servable(term.adapter_id) for term in request.mix))
-    weights = [term.weight if term.HasField("weight") else 1.0 for term in request.mix]
-    return tuple(WeightedAdapter(a, w) for a, w in zip(found, weights, strict=True))
+    looking = (registry.servable(term.adapter_id, principal) for term in request.mix)
+    # All of them are awaited: which one is refused must not depend on whose look-up is faster.
+    outcomes = await asyncio.gather(*looking, return_exceptions=True)
+    found: list[WeightedAdapter] = []
+    for term, outcome in zip(request.mix, outcomes, strict=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
+        weight = term.weight if term.HasField("weight") else 1.0
+        found.append(WeightedAdapter(outcome, weight))
+    return tuple(found)
 
 
 def records(adapters: Sequence[WeightedAdapter]) -> list[Record]:
@@ -79,8 +90,8 @@ def unmixable(adapters: Sequence[WeightedAdapter]) -> str:
 def references(adapters: Sequence[WeightedAdapter]) -> list[AdapterRef]:
     """References for the engine: each distinct content once, with the sum of its weights."""
     weights: dict[str, float] = {}
+    refs = {each.adapter.ref.digest: each.adapter.ref for each in adapters}
     for each in adapters:
-        digest = each.adapter.record.digest
+        digest = each.adapter.ref.digest
         weights[digest] = weights.get(digest, 0.0) + each.weight
-    paths = {each.adapter.record.digest: each.adapter.path for each in adapters}
-    return [AdapterRef(digest, paths[digest], weight) for digest, weight in weights.items()]
+    return [AdapterRef(digest, refs[digest].path, weight) for digest, weight in weights.items()]

@@ -10,6 +10,7 @@ import grpc
 from loraplex.v1 import training_pb2, training_pb2_grpc
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
+from loraplex_server.access.principals import caller
 from loraplex_server.rpc.calls.errors import for_client, invalid
 from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.messages import describe_training as describe
@@ -27,7 +28,10 @@ T = TypeVar("T")
 
 
 class TrainingService(training_pb2_grpc.TrainingServiceServicer):
-    """The service of loraplex/v1/training.proto. Without a queue it refuses every call."""
+    """The service of loraplex/v1/training.proto. Without a queue it refuses every call.
+
+    Jobs of other principals do not exist for a caller, unless it sees all adapters.
+    """
 
     def __init__(self, queue: JobQueue | None, gate: CallGate) -> None:
         self._queue = queue
@@ -38,7 +42,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
     ) -> training_pb2.CreateJobResponse:
         """Checks and queues a job."""
         with self._open(validate.create, request) as queue:
-            job, created = await queue.create(describe.request(request))
+            job, created = await queue.create(describe.request(request, caller()))
         return training_pb2.CreateJobResponse(job=self._describe(job), created=created)
 
     async def GetJob(
@@ -46,7 +50,8 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
     ) -> training_pb2.GetJobResponse:
         """Describes one job."""
         with self._open(validate.job_id, request.job_id) as queue:
-            return training_pb2.GetJobResponse(job=self._describe(queue.get(request.job_id)))
+            job = queue.get(request.job_id, caller().owner)
+            return training_pb2.GetJobResponse(job=self._describe(job))
 
     async def ListJobs(
         self, request: training_pb2.ListJobsRequest, context: _Context
@@ -54,7 +59,8 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         """Lists a page of jobs, newest first."""
         with self._open(validate.page, request) as queue:
             size = request.page_size or DEFAULT_PAGE
-            found, token = queue.page(size, request.page_token, describe.states(request))
+            terms = (size, request.page_token, describe.states(request))
+            found, token = queue.page(*terms, caller().owner)
         reply = training_pb2.ListJobsResponse(next_page_token=token)
         await extend_in_slices(reply.jobs, found, self._describe)
         return reply
@@ -64,7 +70,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
     ) -> training_pb2.CancelJobResponse:
         """Cancels a job."""
         with self._open(validate.job_id, request.job_id) as queue:
-            job = await queue.cancel(request.job_id)
+            job = await queue.cancel(request.job_id, caller().owner)
         return training_pb2.CancelJobResponse(job=self._describe(job))
 
     async def WatchJob(
@@ -73,7 +79,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         """Streams the job now and after each change, until it has ended."""
         draining = "the server is shutting down; the job continues later"
         with self._open(validate.job_id, request.job_id) as queue:
-            async with aclosing(queue.watch(request.job_id)) as changes:
+            async with aclosing(queue.watch(request.job_id, caller().owner)) as changes:
                 while job := await self._gate.before_draining(anext(changes, None), draining):
                     yield training_pb2.WatchJobResponse(job=self._describe(job))
                     if job.final:

@@ -9,6 +9,7 @@ from loraplex.v1 import adapter_pb2
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.registry.feed import AdapterFeed, Event, FeedTable
+from loraplex_server.registry.view import View
 from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.messages import describe
 
@@ -19,14 +20,14 @@ _PART: Final = 100
 _Message = adapter_pb2.WatchAdaptersResponse
 
 
-async def watch(feed: AdapterFeed, gate: CallGate) -> AsyncGenerator[_Message, None]:
-    """Yields the table, then every change until the server drains.
+async def watch(feed: AdapterFeed, gate: CallGate, view: View) -> AsyncGenerator[_Message, None]:
+    """Yields the table as `view` shows it, then every change until the server drains.
 
     Raises Refusal: OVERLOADED if there are too many watchers, DRAINING at the end.
     """
     if len(feed) >= MAX_WATCHERS:
         raise Refusal(Reason.OVERLOADED, f"{len(feed)} calls watch already; try again later")
-    with feed.watch() as watcher:
+    with feed.watch(view) as watcher:
         for part in _table(await feed.table(watcher)):
             yield part
         while True:
