@@ -65,6 +65,7 @@ from loraplex_server.runtime.shutdown import (
 )
 from loraplex_server.runtime.watched import WatchedTask, while_alive
 from loraplex_server.text.tokenizer import TextTokenizer
+from loraplex_server.training.opening import job_queue
 from loraplex_server.training.queue import JobQueue
 
 STOP_GRACE: Final = 2.0
@@ -249,12 +250,9 @@ class Server:
 
     async def _open_training(self, registry: Registry) -> JobQueue | None:
         """Opens the queue of training jobs; None if training is off. Raises StartFailure."""
-        config = self._config
-        if not config.training:
+        if not self._config.training:
             return None
-        device = self.engine.hello.model.device
-        lane = self._lanes.training
-        queue = parts.job_queue_of(config, registry, device, self.metrics, lane)
+        queue = job_queue(self._config, registry, self.metrics)
         with needed(ServerExit.STORE_UNUSABLE, "cannot use"):
             await queue.open()
         stop = partial(self._stop_training, STOP_GRACE)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 from loraplex_server.access.audit import AuditLog, LoggedAudit
@@ -18,16 +16,11 @@ from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.exits import ServerExit
 from loraplex_server.metrics import Metrics
 from loraplex_server.observing import ServerObserver
-from loraplex_server.registry.registry import Registry
 from loraplex_server.rpc.calls.access import AccessCheck
 from loraplex_server.rpc.server import Address
 from loraplex_server.runtime.failures import needed
 from loraplex_server.runtime.lanes import Lane
 from loraplex_server.text.tokenizer import TextTokenizer
-from loraplex_server.training.delivery import RegistryDestination
-from loraplex_server.training.queue import JobLimits, JobQueue
-from loraplex_server.training.records import Records
-from loraplex_server.training.trainer import Trainer
 
 
 def engine_of(config: Config, observer: ServerObserver, spawned: SpawnedEngine | None) -> Engine:
@@ -78,29 +71,3 @@ def tokenizer_of(config: Config, model: ModelInfo, context: int, lane: Lane) -> 
         chat_template=config.chat_template,
     )
 
-
-def job_queue_of(
-    config: Config, registry: Registry, device: str, metrics: Metrics, lane: Lane
-) -> JobQueue:
-    """The queue of training jobs, which has to be opened. `device` is that of the engine."""
-    program = config.trainer or [sys.executable, "-m", "loraplex_training"]
-    trainer = Trainer(
-        program,
-        {**config.trainer_options(), "device": device},
-        memory=int(config.training_memory),
-        threads=config.trainer_threads,
-        timeout=config.training_timeout,
-        lane=lane,
-        environment=config.trainer_environment(os.environ),
-    )
-    bounds = JobLimits(
-        config.training_max_jobs, config.training_keep_jobs, int(config.training_data)
-    )
-    return JobQueue(
-        Records(config.training_jobs_dir),
-        trainer,
-        RegistryDestination(registry),
-        metrics,
-        config.import_root,
-        bounds,
-    )
