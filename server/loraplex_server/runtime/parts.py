@@ -46,7 +46,7 @@ def audit_log_of(config: Config, metrics: Metrics) -> AuditLog:
 
 
 def addresses_of(config: Config) -> list[Address]:
-    """The addresses of the services: that for all callers, and that for managing, if it is apart."""
+    """The addresses of the services: for all callers, and for managing, if that is apart."""
     addresses = [Address(config.host, config.port)]
     if config.manage_host:
         addresses.append(Address(config.manage_host, config.manage_port))
@@ -70,4 +70,3 @@ def tokenizer_of(config: Config, model: ModelInfo, context: int, lane: Lane) -> 
         special_tokens_in_messages=config.special_tokens_in_messages,
         chat_template=config.chat_template,
     )
-
