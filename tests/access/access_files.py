@@ -7,13 +7,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.access.credentials import Credentials
 from loraplex_server.access.directory import PrincipalDirectory, open_directory
 from loraplex_server.access.refused import BadCredential
 from loraplex_server.settings import Settings
-
-import pytest
 
 PRINCIPALS = """
 [principals.search]

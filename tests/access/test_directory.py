@@ -289,7 +289,10 @@ def test_calls_are_identified_while_files_change(tmp_path: Path, keys: KeyFile) 
         each.start()
     for turn in range(40):
         prefix = 'name_prefix = "one-"' if turn % 2 else ""
-        replace(tmp_path / "principals.toml", PRINCIPALS.replace("certificates", f"{prefix}\ncertificates", 1))
+        replace(
+            tmp_path / "principals.toml",
+            PRINCIPALS.replace("certificates", f"{prefix}\ncertificates", 1),
+        )
         assert known.refresh()
     stop.set()
     for each in callers:
@@ -307,7 +310,8 @@ async def test_the_server_looks_at_the_files_by_itself_and_shows_faults_in_the_m
     watching = asyncio.create_task(known.watch(Series(registry)))
 
     async def until(good: bool) -> None:
-        while registry.get_sample_value("loraplex_access_reload_failed") != float(not good):
+        name = "loraplex_access_reload_failed"
+        while registry.get_sample_value(name) != float(not good):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     try:

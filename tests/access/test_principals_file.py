@@ -265,7 +265,7 @@ def test_in_a_file_that_is_accepted_no_name_can_be_made_by_two_who_do_not_see_th
 ) -> None:
     text = ""
     for index, (prefix, selector, roles) in enumerate(drawn):
-        text += f'[principals.p{index}]\nroles = {[str(role) for role in roles]}\n'
+        text += f"[principals.p{index}]\nroles = {[str(role) for role in roles]}\n"
         text += f'name_prefix = "{prefix}"\n'
         text += "" if selector is None else f'adapters = "{selector}"\n'
     makers = [each for each in drawn if each[2] & {Role.REGISTER, Role.TRAIN} and each[1] != "*"]

@@ -214,7 +214,9 @@ def test_hostile_texts_are_refused(checks: TokenVerifier) -> None:
     assert "more than" in refused(checks, "x" * (MAX_TOKEN + 1))
 
 
-@given(st.text() | st.text(alphabet="eyJhbGciOi.-_0=") | st.lists(st.binary(), min_size=3, max_size=3))
+@given(
+    st.text() | st.text(alphabet="eyJhbGciOi.-_0=") | st.lists(st.binary(), min_size=3, max_size=3)
+)
 def test_no_text_raises_anything_but_the_typed_error(text: str | list[bytes]) -> None:
     if isinstance(text, list):
         text = ".".join(base64.urlsafe_b64encode(each).rstrip(b"=").decode() for each in text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -68,6 +67,16 @@ def holds(condition: Condition, given_labels: Mapping[str, str]) -> bool:
     return equal if form in ("=", "==", "in") else not equal
 
 
+def read(text: str) -> LabelSelector | None:
+    """The selector; None if it is refused with the typed error."""
+    try:
+        return LabelSelector.parse(text)
+    except Refusal as refusal:
+        if refusal.reason is not Reason.FIELD_INVALID:
+            raise
+        return None
+
+
 @given(written(), labels)
 def test_a_selector_means_what_its_conditions_mean(
     text_and_conditions: tuple[str, list[Condition]], carried: dict[str, str]
@@ -87,12 +96,8 @@ def test_a_selector_as_text_is_the_same_selector(
 
 @given(st.text() | st.text(alphabet="ab=!,() innot\t\n", max_size=60))
 def test_no_text_raises_anything_but_the_typed_error(text: str) -> None:
-    try:
-        selector = LabelSelector.parse(text)
-    except Refusal as refusal:
-        assert refusal.reason is Reason.FIELD_INVALID
-    else:
-        assert LabelSelector.parse(str(selector)) == selector
+    selector = read(text)
+    assert selector is None or LabelSelector.parse(str(selector)) == selector
 
 
 @pytest.mark.parametrize(
@@ -103,10 +108,7 @@ def test_a_text_of_the_largest_size_is_read_or_refused_at_once(piece: str) -> No
     """A pattern that backtracks would take hours here, and the test would end by its timeout."""
     for extra in ("", "(", "=", ","):
         text = (piece * MAX_SELECTOR)[: MAX_SELECTOR - len(extra)] + extra
-        try:
-            LabelSelector.parse(text)
-        except Refusal as refusal:
-            assert refusal.reason is Reason.FIELD_INVALID
+        read(text)
     with pytest.raises(Refusal):
         LabelSelector.parse(piece * MAX_SELECTOR + "x")
 
@@ -134,6 +136,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
     """The index of a store with many versions, whose labels are all combinations of a few."""
     opened = Database(tmp_path_factory.mktemp("index") / "index.db", "")
     with opened.writing() as connection:
+        schema.prepare(connection, None, has_blobs=False)
         connection.execute(schema.blobs.insert(), {"digest": "d", "summary": {}, "created_at": 0})
         for index in range(200):
             name = f"n{index}"

@@ -151,9 +151,7 @@ def open_directory(
         from loraplex_server.access.tokens import TokenVerifier, read_key_set
 
         def verifier(path: Path) -> Verifier:
-            return TokenVerifier(
-                read_key_set(path), settings.jwt_issuer, settings.jwt_audience
-            )
+            return TokenVerifier(read_key_set(path), settings.jwt_issuer, settings.jwt_audience)
 
         tokens = WatchedFile(settings.jwks, verifier)
     return PrincipalDirectory(

@@ -80,9 +80,7 @@ def split(text: str) -> tuple[str, str] | None:
     """Id and secret of a key; None if the text is no key."""
     prefix, _, rest = text.partition("_")
     key_id, _, secret = rest.partition("_")
-    well_formed = (
-        prefix == PREFIX and _is_hex(key_id, _ID_BYTES) and _is_hex(secret, _SECRET_BYTES)
-    )
+    well_formed = prefix == PREFIX and _is_hex(key_id, _ID_BYTES) and _is_hex(secret, _SECRET_BYTES)
     return (key_id, secret) if well_formed else None
 
 

@@ -56,7 +56,7 @@ def read_principals(path: Path) -> KnownPrincipals:
         document = tomllib.loads(read_regular(path).decode())
     except OSError as error:
         raise unreadable(path, error) from error
-    # A number of thousands of digits and tables of any depth raise other errors than TOMLDecodeError.
+    # Numbers of thousands of digits and deep tables raise other errors than TOMLDecodeError.
     except (ValueError, RecursionError) as error:
         raise unusable(path, [f"is not TOML: {error}"]) from error
     faults = [f"{key}: there is no such key" for key in document if key != "principals"]
@@ -70,7 +70,8 @@ def read_principals(path: Path) -> KnownPrincipals:
         if entry is not None:
             entries[name] = entry
     principals = {name: entry.principal(name) for name, entry in entries.items()}
-    certificates, subjects = {}, {}
+    certificates: dict[str, Principal] = {}
+    subjects: dict[str, Principal] = {}
     for name, entry in entries.items():
         faults += _assign(certificates, principals[name], entry.certificates, "certificates")
         faults += _assign(subjects, principals[name], entry.subjects, "subjects")

@@ -17,14 +17,14 @@ from loraplex_adapters.store.index.labels import MAX_LABELS, MAX_VALUE, check_ke
 MAX_SELECTOR: Final = 4096
 """Most characters of a selector."""
 
-_SEPARATORS: Final = frozenset(" =!,()")
-"""Printable characters that a value has only in a list. Space is the only printable white space."""
+_PLAIN: Final = re.compile(r"[^\s=!,()]*")
+"""A value that needs no parentheses."""
 
 _TERM: Final = re.compile(
     r"\s*(?:(?P<absent>!)\s*(?P<absent_key>[^\s=!,()]+)"
-    r"|(?P<key>[^\s=!,()]+)\s*"
-    r"(?:(?P<equals>==?|!=)\s*(?P<value>[^\s=!,()]*)"
-    r"|\s(?P<set>in|notin)\s*\((?P<values>[^()]*)\))?)\s*"
+    r"|(?P<key>[^\s=!,()]+)"
+    r"(?:\s*(?P<equals>==?|!=)\s*(?P<value>[^\s=!,()]*)"
+    r"|\s+(?P<set>in|notin)\s*\((?P<values>[^()]*)\))?)\s*"
 )
 
 
@@ -160,7 +160,7 @@ def _text(term: Term) -> str:
             return term.key
         case Operator.ABSENT, _:
             return f"!{term.key}"
-        case operator, (value,) if not set(value) & _SEPARATORS:
+        case operator, (value,) if _PLAIN.fullmatch(value):
             return f"{term.key}{'=' if operator is Operator.IN else '!='}{value}"
         case operator, values:
             return f"{term.key} {operator.value} ({','.join(values)})"
