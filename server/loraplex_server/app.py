@@ -50,6 +50,7 @@ from loraplex_server.rpc.services.generation import GenerationService
 from loraplex_server.rpc.services.model import ModelService
 from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.training import TrainingService
+from loraplex_server.rpc.transport import server_tls
 from loraplex_server.runtime.admin import MetricsServer
 from loraplex_server.runtime.ending import CLOSE_SECONDS, unexpected_end
 from loraplex_server.runtime.failures import StartFailure, needed
@@ -235,8 +236,10 @@ class Server:
         watch = WatchedTask(while_alive(metrics.thread), "metrics endpoint")
         self._closing.push_async_callback(watch.stop)
         self.admin_address = Address(admin.host, metrics.port)
+        with needed(ServerExit.BAD_CONFIG, "cannot read"):
+            tls = server_tls(self._config, self.metrics.series)
         with needed(ServerExit.PORT_IN_USE, f"cannot listen on {self.address}"):
-            self.address = self._rpc.bind(self.address)
+            self.address = self._rpc.bind(self.address, tls)
         self._close_later(PART_SECONDS, "the connections do not close", self._stop_rpc)
 
     async def _open_training(self, registry: Registry) -> JobQueue | None:

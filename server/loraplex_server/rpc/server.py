@@ -30,6 +30,7 @@ from loraplex_server.rpc.services.health import HealthService
 from loraplex_server.rpc.services.model import ModelService
 from loraplex_server.rpc.services.reflection import ReflectionService
 from loraplex_server.rpc.services.training import TrainingService
+from loraplex_server.rpc.transport import ServerTls
 
 QUIET_SECONDS: Final = 0.2
 """Seconds without a new call after which the server stops."""
@@ -88,13 +89,17 @@ class RpcServer:
                 self._reflection, self._server
             )
 
-    def bind(self, address: Address) -> Address:
+    def bind(self, address: Address, tls: ServerTls | None = None) -> Address:
         """Binds the port, so that a conflict shows before a model is loaded.
 
-        Returns the address with the actual port. Raises OSError.
+        Connections are encrypted if `tls` is given. Returns the address with the actual port.
+        Raises OSError.
         """
         try:
-            port = self._server.add_insecure_port(str(address))
+            if tls is None:
+                port = self._server.add_insecure_port(str(address))
+            else:
+                port = self._server.add_secure_port(str(address), tls.credentials())
         except RuntimeError:
             port = 0
         if port == 0:
