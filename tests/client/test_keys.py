@@ -97,7 +97,7 @@ def calls(client: Any, folder: Path) -> Iterator[tuple[str, Any]]:
             ]
             if name == "create":
                 needed.append(b'{"text": "x"}')
-            elif name in ("generate", "stream"):
+            elif name in ("generate", "stream", "validate_adapter"):
                 needed.append("x")
             yield name, (method, needed)
 
@@ -164,7 +164,10 @@ async def test_every_attempt_of_the_asyncio_client_does_too(refusing: Refusing) 
     assert [sent for _, sent in refusing.seen] == [[BEARER]] * 3
 
 
-def test_the_pieces_of_a_broken_upload_carry_the_key(server: FakeServer, folder: Path) -> None:
+def test_the_pieces_of_a_broken_upload_carry_the_key(
+    server: FakeServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplex.uploads.CHUNK_BYTES", 1000)
     server.break_uploads = [failure(grpc.StatusCode.UNAVAILABLE, "OVERLOADED")] * 2
     with Client(server.target, key=KEY) as client:
         client.upload_adapter("pirate", folder)

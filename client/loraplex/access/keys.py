@@ -57,7 +57,7 @@ class ClientKey:
 
 def _checked(text: str, field: str) -> str:
     """The key without white space around it. Raises InvalidRequest, which does not show it."""
-    key = text.strip()
+    key = text.strip(" \t\r\n")
     if not key:
         raise invalid(field, "holds no key")
     if len(key) > MAX_KEY_BYTES:

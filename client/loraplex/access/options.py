@@ -29,9 +29,6 @@ KEY_FILE_VARIABLE = "LORAPLEX_KEY_FILE"
 _FLAGS = {"1": True, "true": True, "yes": True, "on": True,
           "0": False, "false": False, "no": False, "off": False}  # fmt: skip
 
-# A proxy would read what is meant for this machine alone.
-_NO_PROXY = (("grpc.enable_http_proxy", 0), ("grpc.address_http_proxy", ""))
-
 
 class AccessOptions(TypedDict, total=False):
     """How to reach a server and prove who is calling. What is not given is taken from a variable.
@@ -98,7 +95,7 @@ def open_access(
                 f"it is not sent, because the connection to {target} would not be encrypted; use "
                 "tls or ca, or an address of this machine",
             )
-        return ClientAccess(None, _NO_PROXY if key is not None else (), key)
+        return ClientAccess(None, _without_proxy(os.environ) if key is not None else (), key)
     name = tls.pop("server_name", None)
     arguments = (("grpc.ssl_target_name_override", name),) if name else ()
     return ClientAccess(channel_credentials(**tls), arguments, key)
@@ -134,6 +131,14 @@ def _key(given: Mapping[str, Any], variables: Mapping[str, str]) -> ClientKey | 
     if file:
         return ClientKey.in_file(file)
     return ClientKey(text, "key") if text else None
+
+
+def _without_proxy(variables: Mapping[str, str]) -> tuple[tuple[str, Any], ...]:
+    """Channel options that bypass proxies: one would read what is for this machine alone."""
+    options: tuple[tuple[str, Any], ...] = (("grpc.enable_http_proxy", 0),)
+    if variables.get("GRPC_ADDRESS_HTTP_PROXY"):
+        options += (("grpc.address_http_proxy", ""),)
+    return options
 
 
 def _flag(text: str) -> bool | None:
