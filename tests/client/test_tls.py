@@ -151,6 +151,7 @@ def test_tls_alone_trusts_the_systems_authorities(
     serve: Serve, ours: Authority, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     server = serve(ours.issue("server"))
+    monkeypatch.delenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", raising=False)  # gRPC's own
     monkeypatch.setenv("LORAPLEX_TLS", value)
     monkeypatch.setenv("SSL_CERT_FILE", str(ours.file))  # where Python looks for them
     assert says(server) == "base says x"
