@@ -127,8 +127,14 @@ FAULTS: dict[str, tuple[Callable[[Pair], object], str, str]] = {
     "a key of DSA": (
         lambda p: write_key(dsa.generate_private_key(1024), p.key), "tls_key", "RSA or ECDSA",
     ),
-    "an odd curve": (
-        lambda p: write_key(ec.generate_private_key(ec.SECP256K1()), p.key), "tls_key", "secp256k1",
+    "a curve that gRPC does not know": (
+        lambda p: write_key(ec.generate_private_key(ec.SECP256K1()), p.key), "tls_key", "P-384",
+    ),
+    "a curve that gRPC does not offer": (
+        lambda p: write_key(ec.generate_private_key(ec.SECP521R1()), p.key), "tls_key", "P-384",
+    ),
+    "a byte order mark": (
+        lambda p: p.key.write_bytes(b"\xef\xbb\xbf" + p.key.read_bytes()), "tls_key", "byte order",
     ),
     "an expired certificate": (expired, "tls_certificate", "expired on 20"),
     "too large": (

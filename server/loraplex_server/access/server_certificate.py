@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import stat
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
 )
+from cryptography.x509.oid import PublicKeyAlgorithmOID
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.settings import Settings
@@ -28,7 +30,10 @@ MAX_PEM_BYTES: Final = 1 << 20
 _BEGIN: Final = b"-----BEGIN CERTIFICATE-----"
 _DASHES: Final = b"-----"
 """A whole block has four of these."""
-_CURVES: Final = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
+_CURVES: Final = (ec.SECP256R1, ec.SECP384R1)
+"""Curves with which gRPC completes a handshake."""
+
+_UNUSABLE: Final = "is of a kind that gRPC cannot use; use RSA or ECDSA (P-256 or P-384)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,8 @@ class CertificateFiles:
                 raise _fault("tls_certificate", self.chain, "must begin with the server's own "
                              "certificate; those of authorities follow it")  # fmt: skip
             raise _fault("tls_key", self.key, f"is not the key of the certificate in {self.chain}")
+        if own.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
+            raise _fault("tls_certificate", self.chain, _UNUSABLE)
         expires = own.not_valid_after_utc.timestamp()
         if expires <= now:
             raise _fault("tls_certificate", self.chain, f"expired on {date(expires)}")
@@ -133,6 +140,8 @@ def _content(setting: str, path: Path) -> bytes:
         raise _fault(setting, path, f"cannot be read: {error.strerror}") from error
     if len(data) > MAX_PEM_BYTES:
         raise _fault(setting, path, f"has more than {MAX_PEM_BYTES} bytes")
+    if data.startswith(codecs.BOM_UTF8):
+        raise _fault(setting, path, "begins with a byte order mark; store it without")
     return data
 
 
@@ -159,9 +168,9 @@ def _key(setting: str, path: Path, data: bytes) -> bytes:
     except (ValueError, UnsupportedAlgorithm) as error:
         raise _fault(setting, path, "holds no private key in PEM format") from error
     if not isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
-        raise _fault(setting, path, "is of a kind that gRPC cannot use; use RSA or ECDSA")
+        raise _fault(setting, path, _UNUSABLE)
     if isinstance(key, ec.EllipticCurvePrivateKey) and not isinstance(key.curve, _CURVES):
-        raise _fault(setting, path, f"has the curve {key.curve.name}; use P-256 or P-384")
+        raise _fault(setting, path, _UNUSABLE)
     return key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
