@@ -171,6 +171,10 @@ class Series:
         "Memory that the process of the engine on a device uses.", device=()
     )
     engine_device_restarts = _counter("Restarts of the engine on a device.", device=())
+    tls_certificate_expiry_timestamp_seconds = _gauge(
+        "Unix time at which the server's certificate expires; 0 without TLS."
+    )
+    tls_reloads = _counter("Looks at changed files of TLS.", result=_RESULTS)
     build_info = _gauge("Constant 1.", version=())
     model_info = _gauge(
         "Constant 1.", model=(), architecture=(), dtype=(), device=(), kernels=(), fingerprint=()

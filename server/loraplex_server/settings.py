@@ -215,6 +215,9 @@ class Settings(BaseSettings):
     """Format of log lines: `text` for people, `json` for programs."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level that is logged."""
+    core_dumps: bool = False
+    """Let the system write core dumps if the server crashes, and let other processes of its user
+    read its memory. Prompts and keys are in both."""
 
     engine_factory: str = Field("", repr=False, pattern=r"^([\w.]+:\w+)?$")
     """Function that builds the engine's runner in tests, as `module:name`; empty: a real model."""

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable
 from typing import cast
 
+from loraplex_model.base.process.core_dumps import forbid_core_dumps
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.engine.adapters.attempts import Announcements
@@ -76,6 +77,8 @@ def main() -> int:
     _start_thread("front", _receive, front, inbox)
     try:
         setup = EngineSetup.parse(argument)
+        if not setup.core_dumps:
+            forbid_core_dumps()
         runner = _build(setup.runner)
         attempts = Announcements(outbox.send)
         loader = ThreadLoader(runner, wake=lambda: inbox.put(None), attempts=attempts)

@@ -18,6 +18,8 @@ class EngineSetup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limits: EngineLimits = EngineLimits()
     beat_seconds: float = BEAT_SECONDS
     """Seconds between two signs of life."""
+    core_dumps: bool = False
+    """Whether the system may write core dumps of the process."""
 
     def command(self) -> list[str]:
         """The command line that starts the engine process with these settings."""
