@@ -21,10 +21,10 @@ from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.engine.process.pulse import BEAT_SECONDS
 from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
-from loraplex_server.settings import Settings
+from loraplex_server.settings import ServerSettings
 
 
-class Config(Settings):
+class Config(ServerSettings):
     """The settings of a server, which agree with each other. `config_sources` reads them."""
 
     @field_validator("devices", mode="before")

@@ -29,7 +29,7 @@ PANELS: Final = {
 """Titles of the panels of `--help`, each by its first setting in the order of `Config`."""
 
 
-class Settings(BaseSettings):
+class ServerSettings(BaseSettings):
     """The server's settings. Sizes are bytes, or text such as "512MiB"; times are seconds.
 
     A field's docstring is the help of its flag. Fields with `repr=False` have no flag.

@@ -12,7 +12,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.access.credentials import Credentials
 from loraplex_server.access.directory import PrincipalDirectory, open_directory
 from loraplex_server.access.refused import BadCredential
-from loraplex_server.settings import Settings
+from loraplex_server.settings import ServerSettings
 
 PRINCIPALS = """
 [principals.search]
@@ -44,10 +44,10 @@ class Clock:
         self.now += timedelta(**amount)
 
 
-def settings(folder: Path, principals: str = PRINCIPALS, **more: Any) -> Settings:
+def settings(folder: Path, principals: str = PRINCIPALS, **more: Any) -> ServerSettings:
     """Settings with the file of principals and the place of the keys below `folder`."""
     (folder / "principals.toml").write_text(principals)
-    return Settings(principals=folder / "principals.toml", keys=folder / "keys.json", **more)
+    return ServerSettings(principals=folder / "principals.toml", keys=folder / "keys.json", **more)
 
 
 def directory(folder: Path, clock: Clock | None = None, **more: Any) -> PrincipalDirectory:

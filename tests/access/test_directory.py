@@ -26,7 +26,7 @@ from loraplex_server.access.directory import open_directory
 from loraplex_server.access.key_file import KeyFile
 from loraplex_server.access.watched_file import WatchedFile
 from loraplex_server.series import Series
-from loraplex_server.settings import Settings
+from loraplex_server.settings import ServerSettings
 from prometheus_client import CollectorRegistry
 
 
@@ -36,7 +36,7 @@ def keys(tmp_path: Path) -> KeyFile:
 
 
 def test_nobody_is_identified_where_no_file_of_principals_is_set() -> None:
-    assert open_directory(Settings()) is None
+    assert open_directory(ServerSettings()) is None
 
 
 @pytest.mark.parametrize("form", ["Bearer {}", "bearer {}", "BEARER {}", "Bearer  {} "])
@@ -116,7 +116,7 @@ def test_all_bad_credentials_are_refused_alike_and_only_the_cause_says_why(
     )
     both = frozenset({"search.example", "ops.example"})
     assert "several principals: ops, search" in why_refused(known, Credentials(certificate=both))
-    # Anybody can cause these at any rate, so the log has no line for each; the audit log bounds them.
+    # Anybody can cause these at any rate, so none has a line of the log; the audit log bounds them.
     assert not caplog.records
     for each in (secret, wrong, secret.upper(), *(t[15:] for t in (expired_text, gone_text))):
         assert not any(each in text for text in told)
@@ -267,6 +267,42 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path: Path) 
     while watched.refresh():
         seen.append(watched.value)
     assert seen == ["one", "two", "three"]
+
+
+def test_a_file_that_could_not_be_read_for_a_moment_is_read_again(tmp_path: Path) -> None:
+    """Nothing about the file changes when the disk answers again."""
+    file, faults = tmp_path / "file", [""]
+
+    def read(path: Path) -> str:
+        if fault := faults.pop(0):
+            raise Refusal(Reason.CONFIG_INVALID, fault)
+        return path.read_text()
+
+    file.write_text("one")
+    watched = WatchedFile(file, read)
+    replace(file, "two")
+    faults += ["input/output error", "input/output error", ""]
+    assert [(watched.refresh(), watched.value, watched.fault) for _ in range(4)] == [
+        (False, "one", "input/output error"),
+        (False, "one", "input/output error"),
+        (True, "two", ""),
+        (False, "two", ""),
+    ]
+
+
+def test_files_of_a_mounted_secret_change_by_their_links(tmp_path: Path) -> None:
+    """Kubernetes puts new files into a new folder and turns a link to it, whose target is read."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    (tmp_path / "..data").symlink_to("first")
+    (tmp_path / "file").symlink_to("..data/file")
+    watched = WatchedFile(tmp_path / "file", Path.read_text)
+    assert watched.value == "first"
+    (tmp_path / "..fresh").symlink_to("second")
+    (tmp_path / "..fresh").rename(tmp_path / "..data")
+    assert watched.refresh()
+    assert watched.value == "second"
 
 
 def test_calls_are_identified_while_files_change(tmp_path: Path, keys: KeyFile) -> None:

@@ -54,6 +54,7 @@ def test_what_is_kept_tells_nothing_of_the_secret(file: KeyFile) -> None:
     assert keys.accept(text, file.read(), NOON) == key
 
 
+@settings(deadline=None)
 @given(st.integers(0, len(TEXT) - 1), st.characters())
 def test_a_key_with_any_other_character_is_refused(at: int, letter: str) -> None:
     changed = TEXT[:at] + letter + TEXT[at + 1 :]
@@ -62,9 +63,11 @@ def test_a_key_with_any_other_character_is_refused(at: int, letter: str) -> None
     else:
         with pytest.raises(BadCredential) as refused:
             keys.accept(changed, KNOWN, NOON)
-        assert changed.rpartition("_")[2] not in str(refused.value) or at < 4
+        secret = TEXT.rpartition("_")[2]
+        assert not any(part in str(refused.value) for part in (secret[:32], secret[32:]))
 
 
+@settings(deadline=None)
 @given(st.text() | st.text(alphabet="lpx_0a", max_size=90))
 def test_no_text_raises_anything_but_the_typed_error(text: str) -> None:
     with pytest.raises(BadCredential):
@@ -252,7 +255,7 @@ def test_what_is_no_file_of_keys_is_refused(file: KeyFile, content: bytes) -> No
     assert refused.value.reason is Reason.CONFIG_INVALID
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary() | st.text().map(str.encode) | st.integers(0, 200))
 def test_no_bytes_raise_anything_but_the_typed_error(file: KeyFile, content: bytes | int) -> None:
     if isinstance(content, int):  # a file that was cut off

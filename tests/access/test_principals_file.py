@@ -258,7 +258,7 @@ principals = st.lists(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(principals)
 def test_in_a_file_that_is_accepted_no_name_can_be_made_by_two_who_do_not_see_the_same(
     tmp_path: Path, drawn: list[tuple[str, str | None, set[Role]]]
@@ -300,7 +300,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         assert refused.value.reason is Reason.CONFIG_INVALID
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary() | st.text(alphabet='[]{}"=.,\nprincalsoe1 '))
 def test_no_bytes_raise_anything_but_the_typed_error(tmp_path: Path, content: bytes | str) -> None:
     assert faults(tmp_path, content)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from access.access_files import NOON, Clock, bearer, directory, replace, why_refused
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from joserfc import jws, jwt
 from joserfc.jwk import ECKey, Key, KeySet, OctKey, OKPKey, RSAKey
@@ -68,8 +68,10 @@ def checks(tmp_path_factory: pytest.TempPathFactory) -> TokenVerifier:
 
 
 def refused(checks: TokenVerifier, token: str, now: float = NOW) -> str:
+    """Why a token is refused. The words must repeat no part of it that is long enough to matter."""
     with pytest.raises(BadCredential) as found:
         checks.subject(token, now)
+    assert not any(part in str(found.value) for part in token.split(".") if len(part) > 20)
     return str(found.value)
 
 
@@ -214,17 +216,18 @@ def test_hostile_texts_are_refused(checks: TokenVerifier) -> None:
     assert "more than" in refused(checks, "x" * (MAX_TOKEN + 1))
 
 
+@settings(deadline=None)
 @given(
     st.text() | st.text(alphabet="eyJhbGciOi.-_0=") | st.lists(st.binary(), min_size=3, max_size=3)
 )
 def test_no_text_raises_anything_but_the_typed_error(text: str | list[bytes]) -> None:
     if isinstance(text, list):
         text = ".".join(base64.urlsafe_b64encode(each).rstrip(b"=").decode() for each in text)
-    with pytest.raises(BadCredential) as found:
+    with pytest.raises(BadCredential):
         KNOWN.subject(text, NOW)
-    assert text not in str(found.value) or len(text) < 3
 
 
+@settings(deadline=None)
 @given(st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 import sqlalchemy as sa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_adapters.store import LabelSelector
 from loraplex_adapters.store.index import schema
@@ -77,6 +77,7 @@ def read(text: str) -> LabelSelector | None:
         return None
 
 
+@settings(deadline=None)
 @given(written(), labels)
 def test_a_selector_means_what_its_conditions_mean(
     text_and_conditions: tuple[str, list[Condition]], carried: dict[str, str]
@@ -86,6 +87,7 @@ def test_a_selector_means_what_its_conditions_mean(
     assert LabelSelector.parse(text).matches(carried) == expected
 
 
+@settings(deadline=None)
 @given(written())
 def test_a_selector_as_text_is_the_same_selector(
     text_and_conditions: tuple[str, list[Condition]],
@@ -94,6 +96,7 @@ def test_a_selector_as_text_is_the_same_selector(
     assert LabelSelector.parse(str(selector)) == selector
 
 
+@settings(deadline=None)
 @given(st.text() | st.text(alphabet="ab=!,() innot\t\n", max_size=60))
 def test_no_text_raises_anything_but_the_typed_error(text: str) -> None:
     selector = read(text)
@@ -166,6 +169,7 @@ def carried_by(index: int) -> dict[str, str]:
     return chosen
 
 
+@settings(deadline=None)
 @given(written())
 def test_the_database_selects_what_python_selects(
     database: Database, text_and_conditions: tuple[str, list[Condition]]

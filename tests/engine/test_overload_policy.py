@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from engine.simulation import Arrival, Simulation, p95, steadily
 
@@ -37,6 +39,26 @@ def test_at_twice_the_capacity_the_goodput_is_the_capacity_and_refusals_are_at_o
     assert p95(refused) < 0.05
 
 
+def test_many_accounts_of_different_weight_are_refused_at_once_too() -> None:
+    """The first ones get a small part of what they ask for: their waits depend on all others."""
+    chance = random.Random(1)
+    weights = [1 / (k + 1) for k in range(64)]
+    arrivals, at = [], 0.0
+    while (at := at + chance.expovariate(2 * CAPACITY)) < 60:
+        (account,) = chance.choices(range(64), weights)
+        prompt, new = chance.randint(32, 256), chance.randint(16, 128)
+        arrivals.append(Arrival(at, f"a{account}", prompt, new, patience=15.0))
+    simulation = Simulation(**ROOMY)
+    simulation.simulate(arrivals, until=60)
+    courses = [c for c in simulation.courses.values() if c.asked.at > 10]
+    refused = [c for c in courses if c.outcome == "DEADLINE_UNMEETABLE"]
+    later = [c for c in refused if (c.ended or 0.0) - c.asked.at > 0.5]
+    late = [c for c in courses if c.outcome == "DEADLINE_EXCEEDED"]
+    assert len(refused) > 500
+    assert len(later) <= 0.02 * len(refused)
+    assert sum(len(c.tokens) for c in late) < 0.02 * sum(len(c.tokens) for c in courses)
+
+
 def test_an_idle_server_refuses_nobody_however_short_the_deadline_is() -> None:
     simulation = Simulation(**ROOMY)
     simulation.simulate(steadily(2 * CAPACITY, 4), until=20)  # rates are known
@@ -63,13 +85,13 @@ def test_who_waits_too_long_is_ended_before_its_deadline_and_costs_nothing() -> 
     """Its deadline could be met when it arrived; then an account with a larger share came."""
     simulation = Simulation(**ROOMY, max_running=8, fair_weights={"large": 9.0})
     simulation.simulate(steadily(40, 4, account="other"), until=4)
-    id = simulation.arrive(Arrival(simulation.now, "other", patience=12.0))
-    simulation.simulate(steadily(40, 8, simulation.now, account="large"), until=17)
+    id = simulation.arrive(Arrival(simulation.now, "other", patience=16.0))
+    simulation.simulate(steadily(40, 12, simulation.now, account="large"), until=21)
     course = simulation.courses[id]
     assert course.outcome == "DEADLINE_UNMEETABLE"
     assert not course.tokens
     assert course.ended is not None
-    assert 10.0 < course.ended - course.asked.at < 12.0
+    assert 14.0 < course.ended - course.asked.at < 16.0
 
 
 def test_a_wait_beyond_the_setting_is_refused_as_an_overload() -> None:

@@ -50,6 +50,25 @@ def test_a_mistyped_import_root_is_named(config: Config, tmp_path: Path) -> None
     assert found.startswith(f"import_root: {tmp_path / 'imprt'}: no such directory")
 
 
+def test_who_may_call_is_shown_and_a_fault_in_its_files_is_named(
+    config: Config, tmp_path: Path
+) -> None:
+    def shown(config: Config) -> list[str]:
+        return [check.text for check in doctor.examine(config) if check.subject == "principals"]
+
+    assert shown(config) == ["none; callers are not authenticated"]
+    file, keys = tmp_path / "principals.toml", tmp_path / "keys.json"
+    authenticated = config.model_copy(update={"principals": file, "keys": keys})
+    file.write_text("[principals.a]\nroles = []")
+    assert shown(authenticated) == [f"1 in {file}"]
+    assert bad(authenticated) == []
+    file.write_text('[principals.a]\nroles = ["x"]\nbase = 1')
+    assert [text.split(": ")[:3] for text in bad(authenticated)] == [
+        ["principals", str(file), "principals.a.roles.0"],
+        ["principals", str(file), "principals.a.base"],
+    ]
+
+
 @pytest.mark.fault("base-cache-damaged")
 def test_a_damaged_base_is_named(config: Config, tmp_path: Path) -> None:
     assert bad(config) == []

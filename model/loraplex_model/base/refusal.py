@@ -112,8 +112,8 @@ class Reason(StrEnum):
 
     # training
     CONFIG_INVALID = auto()
-    """An option of a training run, a variable of the environment, or a file of principals or keys is
-    wrong."""
+    """An option of a training run, a variable of the environment, or a file of principals or of
+    their credentials is wrong."""
     DATA_INVALID = auto()
     """Lines of a data set are wrong."""
     METHOD_INVALID = auto()

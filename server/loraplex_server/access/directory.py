@@ -18,7 +18,7 @@ from loraplex_server.access.principals_file import KnownPrincipals, read_princip
 from loraplex_server.access.refused import BadCredential
 from loraplex_server.access.watched_file import WatchedFile
 from loraplex_server.series import Series
-from loraplex_server.settings import Settings
+from loraplex_server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def _utc_now() -> datetime:
 
 
 def open_directory(
-    settings: Settings, clock: Callable[[], datetime] = _utc_now
+    settings: ServerSettings, clock: Callable[[], datetime] = _utc_now
 ) -> PrincipalDirectory | None:
     """Reads the files of principals and credentials; None if callers are not authenticated.
 

@@ -96,6 +96,7 @@ class KeyFile:
 
         def work(known: Mapping[str, IssuedKey]) -> Iterable[IssuedKey]:
             if key_id not in known:
+                # The text may be a key with a mistake in it, so it is not repeated.
                 message = f"{self.path} has no key with this id"
                 raise Refusal(Reason.FIELD_INVALID, message, "key_id")
             now = datetime.now(UTC).replace(microsecond=0)

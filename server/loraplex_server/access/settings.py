@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 
-from loraplex_server.settings import Settings
+from loraplex_server.settings import ServerSettings
 
 
-def require_coherent(settings: Settings) -> None:
+def require_coherent(settings: ServerSettings) -> None:
     """Raises ValueError if callers could reach the server unidentified or in clear by mistake."""
     if bool(settings.tls_certificate) != bool(settings.tls_key):
         raise ValueError("tls_certificate and tls_key belong together; set both or neither")
@@ -27,7 +27,7 @@ def require_coherent(settings: Settings) -> None:
             )
 
 
-def _require_safe(settings: Settings, name: str) -> None:
+def _require_safe(settings: ServerSettings, name: str) -> None:
     host = getattr(settings, name)
     if is_loopback(host):
         return

@@ -16,6 +16,7 @@ from loraplex_adapters.store import survey_at
 from loraplex_model.base.info import public_name
 from loraplex_model.base.refusal import Refusal
 
+from loraplex_server.access.directory import open_directory
 from loraplex_server.commands import doctor_base, doctor_cuda
 from loraplex_server.commands.checks import Check
 from loraplex_server.config import Config, available_cores
@@ -45,8 +46,23 @@ def examine(config: Config, adapters: Sequence[Path] = ()) -> Iterator[Check]:
         text = "no such directory; create it, or correct --import-root"
         yield Check("import_root", f"{config.import_root}: {text}", good=False)
     yield from _adapters(config)
+    yield from _callers(config)
     yield _port("grpc port", config.host, config.port)
     yield _port("admin port", config.admin_host, config.admin_port)
+
+
+def _callers(config: Config) -> Iterator[Check]:
+    """Who may call: the files of principals and their credentials."""
+    try:
+        known = open_directory(config)
+    except Refusal as error:
+        for problem in error.problems:
+            yield Check("principals", f"{problem.field}: {problem.message}", good=False)
+        return
+    if known is None:
+        yield Check("principals", "none; callers are not authenticated")
+    else:
+        yield Check("principals", f"{len(known.principals)} in {config.principals}")
 
 
 def _arithmetic(config: Config) -> Iterator[Check]:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loraplex_server.access.key_file import KeyFile
-from loraplex_server.access.keys import MAX_NOTE, IssuedKey, is_key, split
+from loraplex_server.access.keys import MAX_NOTE, IssuedKey, split
 from loraplex_server.access.principals import Principal
 from loraplex_server.access.principals_file import check_principal_name, read_principals
 from loraplex_server.commands.flags import own_parameters, with_settings
@@ -144,8 +144,6 @@ def revoke(
 ) -> None:
     """Revoke a key for good. Running servers refuse it within two seconds."""
     parts = split(key_id)
-    if parts is None and is_key(key_id):  # no message may repeat a part of a key
-        raise typer.BadParameter("neither the id of a key nor a whole key", param_hint="KEY_ID")
     key = keyring.file.revoke(key_id if parts is None else parts[0])
     assert key.revoked is not None, "it was revoked just now"
     typer.echo(f"key {key.id} of {key.principal} was revoked at {_time(key.revoked)} UTC")

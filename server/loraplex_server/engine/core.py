@@ -294,6 +294,7 @@ class EngineCore:
             self._scheduler.costs.note(decodes, prompt_tokens, seconds)
             is_busy = len(self._scheduler.queue) > 0
             self._rates.note(decodes, prompt_tokens, seconds, is_busy)
+            self._scheduler.queue.note(seconds)
 
     def _fault(self, requests: Sequence[Request], text: str, error: Exception) -> None:
         """Ends the requests that a failure has hit; `text` is for the log."""
@@ -305,7 +306,7 @@ class EngineCore:
     def _finish(self, request: Request, failure: Failure | None) -> None:
         """Ends a request whose last token was chosen, or whose logits are not finite."""
         if failure is None:
-            self._rates.note_answer(request.generated + 1)
+            self._rates.note_answer(request.generated + 1, request.submit.max_new_tokens)
         self._end(request, failure)
 
     def _end(self, request: Request, failure: Failure | None = None) -> None:

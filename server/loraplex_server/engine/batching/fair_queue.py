@@ -26,6 +26,8 @@ from collections.abc import Collection, Iterator, Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from loraplex_server.engine.batching.recent_rate import RecentRate
+
 if TYPE_CHECKING:
     from loraplex_server.engine.batching.request import Request
 
@@ -45,6 +47,9 @@ HEAD_START = 256.0
 OLDEST_EVERY = 8
 """One start in so many goes to the first request in order."""
 
+PACE_STEPS = 64
+"""Steps over which the pace of an account is taken."""
+
 KNOWN = 1024
 """Number of accounts without requests that are remembered."""
 
@@ -59,9 +64,10 @@ class Account:
         weight: its share, in proportion to that of the other accounts.
         queue: its waiting requests, in their order.
         open: number of its requests that wait or run.
+        pace: cost of its tokens per second while it had waiting requests.
     """
 
-    __slots__ = ("counter", "name", "open", "queue", "weight")
+    __slots__ = ("cost", "counter", "name", "noted", "noted_at", "open", "pace", "queue", "weight")
 
     def __init__(self, name: str, weight: float, counter: float) -> None:
         self.name = name
@@ -69,6 +75,9 @@ class Account:
         self.counter = counter
         self.queue: list[Request] = []
         self.open = 0
+        self.cost = 0.0  # of all its tokens
+        self.noted, self.noted_at = 0.0, -1  # of `FairQueue.note`
+        self.pace = RecentRate(PACE_STEPS // 4, PACE_STEPS)
 
     def charge(self, request: Request, end: int) -> None:
         """Charges the tokens of a request before index `end` that were not charged before.
@@ -80,9 +89,11 @@ class Account:
             return
         prompt = min(end, request.prompt_len) - charged
         if prompt > 0:
-            self.counter += (prompt + NEW_COST * (end - charged - prompt)) / self.weight
+            cost = prompt + NEW_COST * (end - charged - prompt)
         else:
-            self.counter += NEW_COST * (end - charged) / self.weight
+            cost = NEW_COST * (end - charged)
+        self.cost += cost
+        self.counter += cost / self.weight
         request.charged = end
 
 
@@ -99,6 +110,7 @@ class FairQueue:
         self._level = 0.0
         self._count = 0
         self._starts = 0
+        self._notes = 0
 
     def __len__(self) -> int:
         return self._count
@@ -168,6 +180,14 @@ class FairQueue:
             return min((account.queue[0] for account in able), key=_order), True
         least = min(able, key=lambda each: (each.counter, len(each.queue), each.queue[0].order))
         return least.queue[0], False
+
+    def note(self, seconds: float) -> None:
+        """Notes a step, for the pace of the accounts that had waiting requests since the last."""
+        self._notes += 1
+        for account in self._waiting:
+            if account.noted_at == self._notes - 1:
+                account.pace.note(account.cost - account.noted, seconds)
+            account.noted, account.noted_at = account.cost, self._notes
 
     def is_shared(self, time: float) -> bool:
         """Whether two accounts or more have requests, or have sent one since `time`."""

@@ -4,6 +4,7 @@
 
 The cost ahead of a request is what its account has waiting before it, and what the other accounts
 have waiting until their counters reach the one that its account will have then: see `FairQueue`.
+The wait is at least what the account's own queue takes at the pace at which it has been served.
 Nothing is refused while there is nothing to wait for, or before rates are known. So an idle server
 never refuses, however short a deadline is.
 """
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 MARGIN = 1.15
 """Time that a request must have when it is accepted, over that which it takes at measured rates."""
+
+WAIT_MARGIN = 1.6
+"""The same for its wait, which depends on others and is known less well. A queue that is shorter
+for that is not empty, so it costs no throughput."""
 
 LATE_MARGIN = 1.05
 """The same when it has waited. It is smaller, so that few are accepted and then not computed."""
@@ -58,7 +63,7 @@ class Forecast:
             text = f"the wait would be about {wait:.0f} s, more than {most_seconds:g}"
             return Failure(Reason.OVERLOADED, f"{text}; try again later")
         deadline, own = request.submit.deadline, self.own_seconds(request)
-        if deadline is None or now + wait + MARGIN * own <= deadline:
+        if deadline is None or now + WAIT_MARGIN * wait + MARGIN * own <= deadline:
             return None
         text = (
             f"the request would wait about {wait:.3f} s and take {own:.3f} s, "
@@ -83,8 +88,7 @@ class Forecast:
         return prompt + (self._new_tokens(request) - 1.0) * self._costs.step_seconds
 
     def _new_tokens(self, request: Request) -> float:
-        most = float(request.submit.max_new_tokens)
-        return min(most, max(1.0, self._rates.mean_new or most))
+        return self._rates.new_tokens(request.submit.max_new_tokens)
 
     def _cost(self, request: Request) -> float:
         return request.prompt_len + NEW_COST * self._new_tokens(request)
@@ -95,6 +99,8 @@ class Forecast:
         assert own is not None, "the wait of a request without an account"
         ahead = [each for each in own.queue if each.order < request.order]
         cost = sum(map(self._cost, ahead))
+        # Accounts that come later with small counters pass it, which its pace tells beforehand.
+        by_pace = cost / own.pace.value if own.pace.value else 0.0
         prompts = float(sum(each.prompt_len for each in ahead))
         count = float(len(ahead))
         level = own.counter + cost / own.weight
@@ -110,4 +116,4 @@ class Forecast:
         wait = cost / rates.work_rate if rates.work_rate else 0.0
         if count <= places and rates.prompt_rate:
             wait = min(wait, prompts / rates.prompt_rate)
-        return wait
+        return max(wait, by_pace)

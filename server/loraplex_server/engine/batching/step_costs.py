@@ -15,6 +15,7 @@ How prompts are cut changes no result.
 from __future__ import annotations
 
 from loraplex_server.engine.batching.fair_queue import NEW_COST
+from loraplex_server.engine.batching.recent_rate import RecentRate
 
 FLOOR = 16
 """Prompt tokens that a step may always have."""
@@ -94,13 +95,13 @@ class WorkRates:
         work_rate: cost of the tokens per second, of steps that left requests waiting; 0 if unknown.
             Costs are those of `FairQueue`. While as many requests end as start, requests of this
             cost start per second.
-        mean_new: number of tokens of an answer; 0 if unknown.
     """
 
     def __init__(self) -> None:
-        self._prompt = _Ratio(4)
-        self._work = _Ratio(16)
-        self.mean_new = 0.0
+        self._prompt = RecentRate(4)
+        self._work = RecentRate(16)
+        self._full = 1.0  # share of answers as long as they may be
+        self._early = 0.0  # tokens of the others; 0 if unknown
 
     @property
     def prompt_rate(self) -> float:
@@ -119,27 +120,16 @@ class WorkRates:
         if is_busy:
             self._work.note(NEW_COST * decodes + prompt_tokens, seconds)
 
-    def note_answer(self, tokens: int) -> None:
-        """Notes the length of an answer that has ended by itself."""
-        self.mean_new += (tokens - self.mean_new) * (0.1 if self.mean_new else 1.0)
+    def note_answer(self, tokens: int, most: int) -> None:
+        """Notes the length of an answer that may have had `most` tokens."""
+        self._full += 0.05 * ((tokens >= most) - self._full)
+        if tokens < most:
+            self._early += (tokens - self._early) * (0.1 if self._early else 1.0)
 
-
-class _Ratio:
-    """An amount over the seconds that it took, of recent steps; 0 before `least` steps."""
-
-    def __init__(self, least: int) -> None:
-        self._left = least
-        self._amount = 0.0
-        self._seconds = 0.0
-
-    def note(self, amount: float, seconds: float) -> None:
-        self._left -= self._left > 0
-        self._amount = 0.97 * self._amount + amount
-        self._seconds = 0.97 * self._seconds + seconds
-
-    @property
-    def value(self) -> float:
-        return 0.0 if self._left or not self._seconds else self._amount / self._seconds
+    def new_tokens(self, most: int) -> float:
+        """The length to expect of an answer that may have `most` tokens."""
+        early = min(float(most), self._early or most)
+        return max(1.0, self._full * most + (1.0 - self._full) * early)
 
 
 def _average(average: float, seconds: float) -> float:
