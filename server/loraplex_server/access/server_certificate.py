@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import PublicKeyAlgorithmOID
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_server.settings import Settings
+from loraplex_server.settings import ServerSettings
 
 MAX_PEM_BYTES: Final = 1 << 20
 """Largest file of TLS."""
@@ -51,7 +51,7 @@ class CertificateFiles:
     client_ca: Path | None = None
 
     @classmethod
-    def of(cls, settings: Settings) -> CertificateFiles | None:
+    def of(cls, settings: ServerSettings) -> CertificateFiles | None:
         """The files that the settings name; None if connections are not encrypted."""
         if settings.tls_certificate is None or settings.tls_key is None:
             return None

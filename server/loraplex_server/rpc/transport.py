@@ -18,7 +18,7 @@ from loraplex_model.base.refusal import Refusal
 
 from loraplex_server.access.server_certificate import CertificateFiles, ServerCertificate, date
 from loraplex_server.series import Series
-from loraplex_server.settings import Settings
+from loraplex_server.settings import ServerSettings
 
 LOOK_SECONDS: Final = 1.0
 """Shortest time between two looks at the files."""
@@ -97,7 +97,7 @@ class ServerTls:
             log.warning("%s", text)
 
 
-def server_tls(settings: Settings, series: Series) -> ServerTls | None:
+def server_tls(settings: ServerSettings, series: Series) -> ServerTls | None:
     """TLS as the settings say; None if connections are not encrypted. Raises as `ServerTls`."""
     files = CertificateFiles.of(settings)
     return None if files is None else ServerTls(files, series)

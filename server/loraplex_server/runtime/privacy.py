@@ -10,14 +10,14 @@ from typing import Final
 
 from loraplex_model.base.process.core_dumps import forbid_core_dumps
 
-from loraplex_server.settings import Settings
+from loraplex_server.settings import ServerSettings
 
 _OWNER_ONLY: Final = 0o077
 _OWNER_AND_GROUP: Final = 0o007
 """Permissions that new files and directories do not get."""
 
 
-def keep_private(settings: Settings) -> None:
+def keep_private(settings: ServerSettings) -> None:
     """Applies to this process, and to those that it starts, what the settings leave private.
 
     To be called once, at start. New files and directories are the owner's alone. Only if the group
@@ -30,7 +30,7 @@ def keep_private(settings: Settings) -> None:
     os.umask(_OWNER_AND_GROUP if mode is not None and mode & stat.S_IWGRP else _OWNER_ONLY)
 
 
-def exposures(settings: Settings) -> Iterator[str]:
+def exposures(settings: ServerSettings) -> Iterator[str]:
     """Yields a sentence for each directory that is open to other users of the machine."""
     readable = [settings.store]
     if settings.training:
