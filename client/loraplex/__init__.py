@@ -10,6 +10,7 @@ Importing this package loads gRPC and protobuf and nothing heavier.
 
 from __future__ import annotations
 
+from loraplex.access.options import AccessOptions
 from loraplex.aio import AsyncClient, AsyncTraining
 from loraplex.aio_streams import AsyncJobWatch, AsyncStream, AsyncWatch
 from loraplex.client import Client, Training
@@ -28,8 +29,10 @@ from loraplex.errors import (
     LoraplexError,
     NotFound,
     PermissionDenied,
+    QuotaExceeded,
     ResourceExhausted,
     ServerFault,
+    Unauthenticated,
     Unavailable,
     Unsupported,
     UploadNotFound,
@@ -77,6 +80,7 @@ from loraplex.training import (
 )
 
 __all__ = [
+    "AccessOptions",
     "AdapterConflict",
     "AdapterEvent",
     "AdapterEventKind",
@@ -123,6 +127,7 @@ __all__ = [
     "NamedToken",
     "NotFound",
     "PermissionDenied",
+    "QuotaExceeded",
     "Registration",
     "RenderedChat",
     "ResolvedAdapter",
@@ -135,6 +140,7 @@ __all__ = [
     "Training",
     "TrainingJob",
     "TrainingOptions",
+    "Unauthenticated",
     "Unavailable",
     "Unsupported",
     "UploadInfo",

@@ -8,6 +8,7 @@ from typing import Self, Unpack
 import grpc
 
 from loraplex import channel, requests
+from loraplex.access.options import AccessOptions
 from loraplex.aio_streams import AsyncJobWatch, AsyncStream, AsyncWatch
 from loraplex.calls import Calls
 from loraplex.connection import AsyncConnection
@@ -30,8 +31,9 @@ class AsyncClient(Calls):
         wait_for_ready: bool = False,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Sequence[tuple[str, str | bytes]] = (),
+        **access: Unpack[AccessOptions],
     ) -> None:
-        connection = AsyncConnection(target, timeout, wait_for_ready, credentials, metadata)
+        connection = AsyncConnection(target, timeout, wait_for_ready, credentials, metadata, access)
         super().__init__(connection)
         self._close = connection.close
         self.training = AsyncTraining(connection)

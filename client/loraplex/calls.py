@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2
 
 from loraplex import channel, replies, requests, uploads
 from loraplex.connection import ServerConnection
-from loraplex.errors import LoraplexError, Unavailable, UploadNotFound
+from loraplex.errors import LoraplexError, Unauthenticated, Unavailable, UploadNotFound
 from loraplex.replies import read
 from loraplex.requests import ConversationOptions, GenerateOptions, Message, fill
 from loraplex.results import (
@@ -363,7 +363,7 @@ class Calls:
                         return Registration(found, created=True)
                 pause = attempts.pause(error, arrived)
                 if pause is None:
-                    if started and not isinstance(error, Unavailable):
+                    if started and not isinstance(error, Unavailable | Unauthenticated):
                         with contextlib.suppress(LoraplexError):
                             await self.abort_upload(header.upload_id)
                     raise

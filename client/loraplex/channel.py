@@ -7,11 +7,13 @@ token bucket, and never repeat a stream that has produced a message.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import grpc
 
+from loraplex.access.keys import ClientKey
+from loraplex.access.options import ClientAccess
 from loraplex.tracing import trace_metadata
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -82,19 +84,21 @@ class CallDefaults:
     """A client's settings for its calls.
 
     `timeout` is in seconds; None means no deadline. With `wait_for_ready`, a call waits for a
-    server until its deadline; otherwise it fails once its retries are used up.
+    server until its deadline; otherwise it fails once its retries are used up. `repr` shows neither
+    `metadata` nor `key`.
     """
 
     timeout: float | None
     wait_for_ready: bool
-    metadata: Metadata
+    metadata: Metadata = field(repr=False)
+    key: ClientKey | None = field(default=None, repr=False)
 
     def arguments(self, timeout: float | None) -> CallArguments:
         """Returns the arguments of a call; a `timeout` of None means the client's."""
         return {
             "timeout": self.timeout if timeout is None else timeout,
             "wait_for_ready": self.wait_for_ready,
-            "metadata": self._sent,
+            "metadata": self._sent(),
         }
 
     def unbounded(self, timeout: float | None) -> CallArguments:
@@ -102,26 +106,31 @@ class CallDefaults:
         return {**self.arguments(None), "timeout": timeout}
 
     def probe(self, timeout: float) -> CallArguments:
-        """Returns the arguments of a health check, which never waits for a server."""
-        return {"timeout": timeout, "wait_for_ready": False, "metadata": self._sent}
+        """Returns the arguments of a health check, which waits for no server and carries no key."""
+        return {"timeout": timeout, "wait_for_ready": False, "metadata": self.metadata}
 
-    @property
     def _sent(self) -> Metadata:
-        """The client's metadata, with the caller's current trace unless they name one."""
-        if any(key == "traceparent" for key, _ in self.metadata):
-            return self.metadata
-        return (*self.metadata, *trace_metadata())
+        """The metadata of the next call, with the key and the caller's current trace.
+
+        Retries by gRPC send it again. A trace that the caller's own metadata name stays.
+        """
+        own = self.metadata if self.key is None else (*self.metadata, *self.key.metadata())
+        if any(name == "traceparent" for name, _ in self.metadata):
+            return own
+        return (*own, *trace_metadata())
 
 
-def connect(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+def connect(target: str, access: ClientAccess) -> grpc.Channel:
     """Returns a channel that connects at its first call, unencrypted without credentials."""
-    if credentials is None:
-        return grpc.insecure_channel(target, OPTIONS)
-    return grpc.secure_channel(target, credentials, OPTIONS)
+    options = (*OPTIONS, *access.options)
+    if access.credentials is None:
+        return grpc.insecure_channel(target, options)
+    return grpc.secure_channel(target, access.credentials, options)
 
 
-def connect_aio(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+def connect_aio(target: str, access: ClientAccess) -> grpc.aio.Channel:
     """Returns a channel of `grpc.aio`, bound to the running event loop."""
-    if credentials is None:
-        return grpc.aio.insecure_channel(target, OPTIONS)
-    return grpc.aio.secure_channel(target, credentials, OPTIONS)
+    options = (*OPTIONS, *access.options)
+    if access.credentials is None:
+        return grpc.aio.insecure_channel(target, options)
+    return grpc.aio.secure_channel(target, access.credentials, options)

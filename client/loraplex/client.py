@@ -9,6 +9,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 import grpc
 
 from loraplex import channel, requests
+from loraplex.access.options import AccessOptions
 from loraplex.calls import Calls
 from loraplex.connection import BlockingConnection
 from loraplex.jobs import JobCalls
@@ -45,8 +46,12 @@ class Client:
 
     `timeout` is the default deadline of a call in seconds (None: no deadline); each call may set
     its own. With `wait_for_ready`, calls wait for a server instead of raising Unavailable after a
-    few retries. `metadata` is sent with every call. Without `credentials` the connection is not
-    encrypted. `training` holds the calls for training jobs.
+    few retries. `metadata` is sent with every call. `training` holds the calls for training jobs.
+
+    `AccessOptions` lists the options of encryption (`tls`, `ca`, ...) and of keys (`key`,
+    `key_file`), which are taken from the environment if they are not given. A key is sent only over
+    an encrypted connection or to this machine. `credentials`, of any kind that gRPC has, take the
+    place of these options. Raises InvalidRequest if an option or one of its files is wrong.
     """
 
     def __init__(
@@ -57,9 +62,10 @@ class Client:
         wait_for_ready: bool = False,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Sequence[tuple[str, str | bytes]] = (),
+        **access: Unpack[AccessOptions],
     ) -> None:
         self._connection = BlockingConnection(
-            target, timeout, wait_for_ready, credentials, metadata
+            target, timeout, wait_for_ready, credentials, metadata, access
         )
         self._calls = Calls(self._connection)
         self.training = Training(self._connection)

@@ -19,6 +19,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loraplex import channel
+from loraplex.access.options import AccessOptions, open_access
 from loraplex.errors import from_rpc_error
 from loraplex.v1 import adapter_pb2_grpc, generation_pb2_grpc, model_pb2_grpc, training_pb2_grpc
 
@@ -46,7 +47,8 @@ class Stubs:
 class ServerConnection(ABC):
     """A connection to a server, with the arguments of `Client`.
 
-    The first call contacts the server, not the constructor.
+    The first call contacts the server, not the constructor. The constructor reads the files that
+    the options name, and raises InvalidRequest.
     """
 
     def __init__(
@@ -56,10 +58,13 @@ class ServerConnection(ABC):
         wait_for_ready: bool,
         credentials: grpc.ChannelCredentials | None,
         metadata: Sequence[tuple[str, str | bytes]],
+        options: AccessOptions,
     ) -> None:
-        self.defaults = channel.CallDefaults(timeout, wait_for_ready, tuple(metadata))
         self._target = target
-        self._credentials = credentials
+        self._access = open_access(target, credentials, options)
+        self.defaults = channel.CallDefaults(
+            timeout, wait_for_ready, tuple(metadata), self._access.key
+        )
 
     @property
     @abstractmethod
@@ -129,7 +134,7 @@ class BlockingConnection(ServerConnection):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._channel = channel.connect(self._target, self._credentials)
+        self._channel = channel.connect(self._target, self._access)
         self._stubs = Stubs(self._channel)
 
     @property
@@ -157,7 +162,7 @@ class AsyncConnection(ServerConnection):
 
     @functools.cached_property
     def _channel(self) -> grpc.aio.Channel:
-        return channel.connect_aio(self._target, self._credentials)
+        return channel.connect_aio(self._target, self._access)
 
     @functools.cached_property
     def stubs(self) -> Stubs:

@@ -63,7 +63,17 @@ class LoraplexError(Exception):
         self.request_id = details.request_id
         self.resource = details.resource
 
+    @property
+    def advice(self) -> str:
+        """What the caller can do about it; "" if the message says it."""
+        return ""
+
     def __str__(self) -> str:
+        return f"{self.sentence}; {self.advice}" if self.advice else self.sentence
+
+    @property
+    def sentence(self) -> str:
+        """The message with the violations that it does not name, and the reason."""
         text = self.message or self.code.name
         # The server's sentence often repeats its only violation.
         extra = [v for v in self.violations if v.description not in text]
@@ -138,11 +148,38 @@ class Cancelled(LoraplexError):
 
 
 class PermissionDenied(LoraplexError):
-    """The caller is not authenticated or not allowed to make this call."""
+    """The caller is not allowed to make this call, or is not known (`Unauthenticated`)."""
+
+    @property
+    def advice(self) -> str:
+        return "ask the operator of the server for a role that allows it"
+
+
+class Unauthenticated(PermissionDenied):
+    """The call carried no key, or one that the server does not accept (any more)."""
+
+    @property
+    def advice(self) -> str:
+        return "give a valid key with key or key_file, or set LORAPLEX_KEY or LORAPLEX_KEY_FILE"
 
 
 class ResourceExhausted(LoraplexError):
     """A quota or a limit on the size of messages is exhausted."""
+
+
+class QuotaExceeded(ResourceExhausted):
+    """The caller has used what it may use of the server.
+
+    `retry_after` is the time in seconds after which the next attempt can succeed; None if waiting
+    does not help, as with a quota of stored bytes. No call is repeated for it, except the pieces of
+    an upload.
+    """
+
+    @property
+    def advice(self) -> str:
+        if self.retry_after is None:
+            return "free some of what you use, or ask the operator of the server for more"
+        return f"try again in {self.retry_after:g} s"
 
 
 class Unsupported(LoraplexError):
@@ -167,6 +204,7 @@ _KINDS: dict[str | grpc.StatusCode, type[LoraplexError]] = {
     "UPLOAD_OFFSET": UploadOutOfStep,
     "JOB_NOT_FOUND": JobNotFound,
     "JOB_CONFLICT": JobConflict,
+    "QUOTA_EXCEEDED": QuotaExceeded,
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
     grpc.StatusCode.NOT_FOUND: NotFound,
@@ -176,7 +214,7 @@ _KINDS: dict[str | grpc.StatusCode, type[LoraplexError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: Cancelled,
     grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
-    grpc.StatusCode.UNAUTHENTICATED: PermissionDenied,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
     grpc.StatusCode.UNIMPLEMENTED: Unsupported,
     grpc.StatusCode.INTERNAL: ServerFault,

@@ -18,6 +18,7 @@ from loraplex.errors import (
     ErrorDetails,
     FieldViolation,
     LoraplexError,
+    QuotaExceeded,
     ServerFault,
     Unavailable,
     UploadOutOfStep,
@@ -34,6 +35,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _MOST_NAMES = 256
 _ATTEMPTS = 6  # in a row without progress
 _LONGEST_PAUSE = 5.0  # seconds
+_LONGEST_QUOTA_PAUSE = 60.0  # seconds; a rate is counted by the minute
 
 # Called with the number of bytes sent so far and the size of both files.
 Progress = Callable[[int, int], None]
@@ -163,7 +165,7 @@ class Attempts:
     def pause(self, error: LoraplexError, arrived: UploadProgress | None) -> float | None:
         """Returns the seconds to wait before the next attempt; None to give up."""
         self.made += 1
-        if not isinstance(error, Unavailable | UploadOutOfStep) and not _status_lost(error):
+        if not _passes(error):
             return None
         reached = arrived.config_bytes + arrived.weights_bytes if arrived else -1
         self._fruitless = 1 if reached > self._furthest else self._fruitless + 1
@@ -187,6 +189,13 @@ def stream(
         sent += len(message.chunk.data)
         if progress is not None:
             progress(sent, files.size)
+
+
+def _passes(error: LoraplexError) -> bool:
+    """Whether another attempt can succeed."""
+    if isinstance(error, QuotaExceeded):
+        return error.retry_after is not None and error.retry_after <= _LONGEST_QUOTA_PAUSE
+    return isinstance(error, Unavailable | UploadOutOfStep) or _status_lost(error)
 
 
 def _status_lost(error: LoraplexError) -> bool:

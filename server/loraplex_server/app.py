@@ -50,6 +50,7 @@ from loraplex_server.rpc.services.generation import GenerationService
 from loraplex_server.rpc.services.model import ModelService
 from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.training import TrainingService
+from loraplex_server.rpc.transport import server_tls
 from loraplex_server.runtime import parts
 from loraplex_server.runtime.admin import MetricsServer
 from loraplex_server.runtime.ending import CLOSE_SECONDS, unexpected_end
@@ -259,10 +260,12 @@ class Server:
         watch = WatchedTask(while_alive(metrics.thread), "metrics endpoint")
         self._closing.push_async_callback(watch.stop)
         self.admin_address = Address(admin.host, metrics.port)
+        with needed(ServerExit.BAD_CONFIG, "cannot read"):
+            tls = server_tls(self._config, self.metrics.series)
         self._close_later(PART_SECONDS, "the connections do not close", self._stop_rpc)
         for which, address in enumerate(self.addresses):
             with needed(ServerExit.PORT_IN_USE, f"cannot listen on {address}"):
-                self.addresses[which] = self._rpc.bind(address, which)
+                self.addresses[which] = self._rpc.bind(address, tls, which)
 
     async def _open_training(self, registry: Registry) -> JobQueue | None:
         """Opens the queue of training jobs; None if training is off. Raises StartFailure."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
+from loraplex_model.base.process.core_dumps import CORE_DUMPS_VARIABLE
 from pydantic import field_validator, model_validator
 
 from loraplex_server import fair_weights
@@ -101,7 +102,9 @@ class Config(ServerSettings):
         custom = CustomRunner(self.engine_factory, self.engine_options or {})
         runner = custom if self.engine_factory else self.runner_config()
         beat_seconds = min(BEAT_SECONDS, self.engine_hang_timeout / 10)
-        return EngineSetup(runner, self.engine_limits(), beat_seconds, self.log_format)
+        return EngineSetup(
+            runner, self.engine_limits(), beat_seconds, self.log_format, self.core_dumps
+        )
 
     def supervision_limits(self) -> SupervisionLimits:
         """What is tolerated of the engine process."""
@@ -146,7 +149,8 @@ class Config(ServerSettings):
 
     def trainer_environment(self, outer: Mapping[str, str]) -> dict[str, str]:
         """Variables for the trainer, which computes where the first of several engines does."""
-        return self.placements[0].environment(outer) if self.placements else {}
+        there = self.placements[0].environment(outer) if self.placements else {}
+        return {**there, CORE_DUMPS_VARIABLE: str(self.core_dumps).lower()}
 
     @property
     def engine_device(self) -> Literal["auto", "cpu", "cuda"]:

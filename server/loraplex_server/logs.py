@@ -16,8 +16,8 @@ REQUEST_ID: Final[ContextVar[str]] = ContextVar("loraplex_request_id", default="
 """Id of the RPC that the current task serves; "" outside of RPCs."""
 
 PRINCIPAL: Final[ContextVar[str]] = ContextVar("loraplex_principal", default="")
-"""Name of the principal whose RPC the current task serves; "" outside of RPCs, or if callers are not
-authenticated."""
+"""Name of the principal whose RPC the current task serves; "" outside of RPCs, and if callers are
+not authenticated."""
 
 NOTES: Final[ContextVar[dict[str, Any] | None]] = ContextVar("loraplex_notes", default=None)
 """Fields for the line that reports the end of the current RPC; None outside of RPCs."""

@@ -195,6 +195,10 @@ class Series:
     )
     memory_pressure = _gauge("What is refused for lack of memory, from 0 to 3.")
     trace_spans = _counter("Spans of traces that were sent.", result=("exported", "failed"))
+    tls_certificate_expiry_timestamp_seconds = _gauge(
+        "Unix time at which the server's certificate expires; 0 without TLS."
+    )
+    tls_reloads = _counter("Looks at changed files of TLS.", result=_RESULTS)
     build_info = _gauge("Constant 1.", version=())
     model_info = _gauge(
         "Constant 1.", model=(), architecture=(), dtype=(), device=(), kernels=(), fingerprint=()

@@ -221,6 +221,9 @@ class ServerSettings(BaseSettings):
     otlp_endpoint: str = Field("", pattern=r"^(https?://\S+)?$")
     """OpenTelemetry collector (OTLP over gRPC) to which spans of calls are sent, as a URL such as
     http://localhost:4317. If empty, calls are not traced and nothing is connected to."""
+    core_dumps: bool = False
+    """Let the system write core dumps if the server crashes, and let other processes of its user
+    read its memory. Prompts and keys are in both."""
 
     engine_factory: str = Field("", repr=False, pattern=r"^([\w.]+:\w+)?$")
     """Function that builds the engine's runner in tests, as `module:name`; empty: a real model."""

@@ -102,13 +102,17 @@ class FakeServer(
     )  # a call that was to be held is over
     target: str = ""
 
-    def start(self) -> None:
+    def start(self, credentials: grpc.ServerCredentials | None = None) -> None:
         self._server = grpc.server(ThreadPoolExecutor(8))
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, self._server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(self, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self, self._server)
-        self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        if credentials is None:
+            port = self._server.add_insecure_port("127.0.0.1:0")
+        else:
+            port = self._server.add_secure_port("127.0.0.1:0", credentials)
+        self.target = f"127.0.0.1:{port}"
         self._server.start()
 
     def stop(self) -> None:

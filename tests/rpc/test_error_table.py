@@ -22,8 +22,11 @@ from loraplex.v1 import (
 )
 from loraplex_adapters.store import Store
 from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_server.access.principals import Principal
+from loraplex_server.access.roles import Role
 from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.registry import name_cache
+from loraplex_server.rpc.calls.access import AccessCheck, credentials_of
 from loraplex_server.rpc.calls.errors import TABLE, Detail
 from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.services import generation
@@ -45,6 +48,7 @@ from rpc.harness import (
 )
 from rpc.principals import acting, limited
 from rpc.training_jobs import order, settings
+from security.callers import Callers, key, principal
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -284,6 +288,34 @@ async def job_not_found(up: Running, patch: pytest.MonkeyPatch) -> None:
 async def job_conflict(up: Running, patch: pytest.MonkeyPatch) -> None:
     await jobs(up).CreateJob(order("diverge", name="asked-for", request_id="one"))
     await jobs(up).CreateJob(order("diverge", name="asked-otherwise", request_id="one"))
+
+
+def calling(patch: pytest.MonkeyPatch, *known: Principal) -> None:
+    """From now on callers are identified, and these are known."""
+    callers = Callers(*known)
+
+    def identify(check: object, method: str, context: Any) -> Principal:
+        return callers.identify(credentials_of(context))
+
+    patch.setattr(AccessCheck, "identify", identify)
+
+
+@raises(Reason.CREDENTIALS_MISSING)
+async def credentials_missing(up: Running, patch: pytest.MonkeyPatch) -> None:
+    calling(patch, principal("alice"))
+    await up.generation.Generate(ask())
+
+
+@raises(Reason.CREDENTIALS_INVALID)
+async def credentials_invalid(up: Running, patch: pytest.MonkeyPatch) -> None:
+    calling(patch, principal("alice"))
+    await up.generation.Generate(ask(), metadata=key("secret"))
+
+
+@raises(Reason.PERMISSION_DENIED)
+async def permission_denied(up: Running, patch: pytest.MonkeyPatch) -> None:
+    calling(patch, principal("reader", [Role.READ]))
+    await up.generation.Generate(ask(), metadata=key("reader"))
 
 
 @raises(Reason.JOB_QUEUE_FULL)

@@ -15,7 +15,7 @@ from loraplex.v1 import adapter_pb2 as pb
 from loraplex.v1 import adapter_pb2_grpc
 from loraplex_adapters.store.files.uploads import Uploads
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_server.rpc.calls.peers import peer_address
+from loraplex_server.rpc.calls.peers import peer_address, peer_host
 from loraplex_server.rpc.services.uploads import MAX_STREAMS, MAX_STREAMS_PER_PEER
 from rpc.harness import Running, ask, expected, refusal, running, until, write_adapter
 
@@ -308,3 +308,10 @@ async def test_silent_streams_of_one_address_leave_room_for_others(
 )
 def test_a_peer_is_known_by_its_address(peer: str, address: str) -> None:
     assert peer_address(peer) == address
+
+
+def test_records_have_the_whole_address_of_a_peer() -> None:
+    assert peer_host("ipv6:[2001:db8:1:2:3:4:5:6]:1") == "2001:db8:1:2:3:4:5:6"
+    assert peer_host("ipv6:[::ffff:10.0.0.7]:1") == "10.0.0.7"
+    assert peer_host("ipv4:10.0.0.7:53412") == "10.0.0.7"
+    assert peer_host("unix:/run/loraplex.sock") == "local"

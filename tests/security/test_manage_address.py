@@ -1,4 +1,4 @@
-"""An address of its own for calls that manage: the same server, and the only place that serves them."""
+"""An address of its own for calls that manage: the same server, and the only place for them."""
 
 from __future__ import annotations
 
@@ -85,9 +85,7 @@ async def test_health_and_drain_are_those_of_one_server(tmp_path: Path) -> None:
         watches = [health.Watch(health_pb2.HealthCheckRequest()) for health in healths]
         for watch in watches:
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-        stubs = [
-            generation_pb2_grpc.GenerationServiceStub(each) for each in (up.channel, channel)
-        ]
+        stubs = [generation_pb2_grpc.GenerationServiceStub(each) for each in (up.channel, channel)]
         running_calls = [asyncio.create_task(_whole(stub)) for stub in stubs]
         await until(lambda: up.metric("running_requests") == 2)
         draining = asyncio.create_task(up.server.drain())

@@ -20,6 +20,7 @@ from loraplex_model.base import faults
 from loraplex_server import app, cli
 from loraplex_server.commands import program, store_cli
 from loraplex_server.config_sources import ConfigError, load
+from loraplex_server.runtime import parts
 from rpc.harness import config_for
 from server.test_process import TESTS, outcome, start, write_config
 from typer.testing import CliRunner
@@ -258,7 +259,7 @@ def test_an_error_that_nobody_expected_is_one_line_and_an_exit_code(
     def broken(*args: object, **options: object) -> None:
         raise ZeroDivisionError("a secret")
 
-    monkeypatch.setattr(app, "TextTokenizer", broken)
+    monkeypatch.setattr(parts, "TextTokenizer", broken)
     monkeypatch.setattr(store_cli, "Store", broken)
     (tmp_path / "lock").touch()  # a store, as far as names tell
     listing = ["store", "ls", "--store", str(tmp_path)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
+from loraplex_model.base.process import core_dumps
 from loraplex_model.base.refusal import BASE_MODEL_REASONS, Reason, Refusal
 from loraplex_model.base.terminal import adapt_output
 from rich.console import Console
@@ -254,6 +256,8 @@ def errors(events: str = "") -> Iterator[None]:
 def main() -> None:
     """The console script."""
     adapt_output()
+    if not core_dumps.allowed(os.environ):
+        core_dumps.forbid_core_dumps()
     app()
 
 

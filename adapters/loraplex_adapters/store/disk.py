@@ -51,9 +51,9 @@ def disk_errors() -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder of the store; creates the folder if it is missing."""
+    """Holds the lock of a folder of the store, which is made for its owner alone if missing."""
     with disk_errors():
-        make_directory(folder)
+        make_directory(folder, 0o700)
         descriptor = lock(folder / "lock")
     try:
         yield

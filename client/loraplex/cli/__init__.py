@@ -8,8 +8,8 @@ from __future__ import annotations
 import typer
 
 from loraplex import channel
-from loraplex.cli import adapters, chat, generate, health, model, options, terminal, train
-from loraplex.cli.command import command
+from loraplex.cli import adapters, chat, generate, health, model, terminal, train
+from loraplex.cli.command import add_root_options, command
 
 app = typer.Typer(
     name="loraplex",
@@ -20,10 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-
-@app.callback()
-def root(ctx: typer.Context, server: options.RootServer = None) -> None:
-    ctx.obj = server
+add_root_options(app)
 
 
 command(app, "generate")(generate.generate)
@@ -32,7 +29,7 @@ command(app, "model")(model.model)
 command(app, "render")(model.render)
 app.add_typer(adapters.app)
 app.add_typer(train.app)
-command(app, "health", timeout=channel.HEALTH_TIMEOUT)(health.health)
+command(app, "health", timeout=channel.HEALTH_TIMEOUT, with_key=False)(health.health)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints, is_typeddict
 import typer
 
 from loraplex import channel
-from loraplex.cli import options
+from loraplex.cli import access, options
 from loraplex.cli.session import session
 from loraplex.cli.terminal import recovered
 
@@ -28,11 +28,12 @@ def command(
     *,
     json: bool = True,
     timeout: float | None = channel.DEFAULT_TIMEOUT,
+    with_key: bool = True,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Adds a function that takes a Session to `group` as a command, listed in `panel`.
 
-    The command gets the option --server, --json if `json` is set, and --timeout with this default
-    unless it is None.
+    The command gets the options of `access`, --json if `json` is set, and --timeout with this
+    default unless it is None. Without `with_key` its calls carry no key.
     """
 
     def declare(function: Callable[..., None]) -> Callable[..., None]:
@@ -42,24 +43,44 @@ def command(
         if timeout is not None:
             parameters.append(_parameter("timeout", options.Timeout, timeout))
         parameters.append(_parameter("server", options.Server, None))
+        parameters += [_parameter(name, each, None) for name, each in access.OPTIONS.items()]
 
         def run(ctx: typer.Context, **given: Any) -> None:
-            target = given.pop("server") or ctx.obj or channel.DEFAULT_TARGET
+            before: access.Address = ctx.obj or access.Address()
+            address = before.updated(given.pop("server"), access.take(given))
+            if not with_key:
+                address = address.without_key()
             seconds = given.pop("timeout", channel.DEFAULT_TIMEOUT)
             as_json = given.pop("as_json", False)
             given = {name: _recovered(value) for name, value in given.items()}
             for name, keys in groups.items():
                 given[name] = {key: given.pop(key) for key in keys}
-            with session(target, seconds, as_json) as opened:
+            with session(address, seconds, as_json) as opened:
                 function(opened, **given)
 
-        context = inspect.Parameter("ctx", _KIND, annotation=typer.Context)
         run.__doc__ = function.__doc__
-        run.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+        _declare(run, parameters)
         group.command(name, rich_help_panel=panel)(run)
         return function
 
     return declare
+
+
+def add_root_options(app: typer.Typer) -> None:
+    """Lets the options of the server's address stand before the command too."""
+
+    def root(ctx: typer.Context, **given: Any) -> None:
+        ctx.obj = access.Address().updated(given.pop("server"), given)
+
+    annotations = {"server": options.RootServer, **access.OPTIONS}
+    _declare(root, [_parameter(name, each, None) for name, each in annotations.items()])
+    app.callback()(root)
+
+
+def _declare(function: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
+    """Makes Typer see these parameters in place of the function's own."""
+    context = inspect.Parameter("ctx", _KIND, annotation=typer.Context)
+    function.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
 
 
 def _recovered(value: Any) -> Any:

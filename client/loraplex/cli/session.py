@@ -14,6 +14,7 @@ import typer
 
 from loraplex import errors
 from loraplex.cli import output
+from loraplex.cli.access import Address
 from loraplex.client import Client
 
 T = TypeVar("T")
@@ -65,6 +66,7 @@ _ADVICE: dict[str | type[errors.LoraplexError], str] = {
     errors.Unavailable: "try again in a moment",
     errors.DeadlineExceeded: "raise --timeout, or request fewer tokens",
     errors.PermissionDenied: "ask the server's operator for access",
+    errors.Unauthenticated: "give a valid key with --key-file, LORAPLEX_KEY_FILE or LORAPLEX_KEY",
 }
 
 
@@ -86,8 +88,8 @@ class Session:
 
 
 @contextmanager
-def session(target: str, timeout: float, as_json: bool) -> Iterator[Session]:
-    """Connects to the server at `target`.
+def session(address: Address, timeout: float, as_json: bool) -> Iterator[Session]:
+    """Connects to the server at `address`.
 
     On exit, the connection is closed, which cancels running calls. A LoraplexError or Ctrl-C
     becomes one line on standard error and an exit status.
@@ -95,10 +97,10 @@ def session(target: str, timeout: float, as_json: bool) -> Iterator[Session]:
     # gRPC's own log lines ("connection refused" and the like) would repeat ours.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        with Client(target, timeout=timeout) as client:
-            yield Session(client, target, timeout, as_json)
+        with Client(address.shown, timeout=timeout, **address.access) as client:
+            yield Session(client, address.shown, timeout, as_json)
     except errors.LoraplexError as error:
-        complain(error, target)
+        complain(error, address.shown)
         raise typer.Exit(exit_status(error)) from None
     except KeyboardInterrupt:
         print("\ncancelled", file=sys.stderr)
@@ -107,7 +109,7 @@ def session(target: str, timeout: float, as_json: bool) -> Iterator[Session]:
 
 def complain(error: errors.LoraplexError, target: str) -> None:
     """Prints the error and what to do about it, as one line on standard error."""
-    what = " ".join(str(error).split())
+    what = " ".join(error.sentence.split())
     advice = _advice(error, target)
     print(f"loraplex: {what}" + (f"; {advice}" if advice else ""), file=sys.stderr)
 
@@ -124,7 +126,12 @@ def _advice(error: errors.LoraplexError, target: str) -> str:
         case errors.Unavailable(retry_after=float() as seconds):
             return f"try again in {seconds:g} s"
         case errors.Unavailable(reason=""):
-            return f"is a server running at {target}? Use --server or LORAPLEX_SERVER for another"
+            return (
+                f"is a server running at {target}? Use --server or LORAPLEX_SERVER for another, "
+                "and --tls or --ca if it encrypts"
+            )
+        case errors.QuotaExceeded():
+            return error.advice
         case errors.Unsupported():
             return f"{target} is not a Loraplex server, or is older than this client"
         case errors.ServerFault() if error.request_id:

@@ -20,6 +20,7 @@ from loraplex.errors import (
     Cancelled,
     DeadlineExceeded,
     LoraplexError,
+    Unauthenticated,
     Unavailable,
 )
 from loraplex.results import Finding, Validation
@@ -122,7 +123,7 @@ def _kept(client: Client, upload_id: str, dropped: bool) -> Iterator[None]:
     """Prints how to resume an interrupted upload; aborts one that was refused if `dropped`."""
     try:
         yield
-    except (KeyboardInterrupt, Unavailable, DeadlineExceeded, Cancelled):
+    except (KeyboardInterrupt, Unavailable, Unauthenticated, DeadlineExceeded, Cancelled):
         output.remark(f"the uploaded part is kept; resume with --resume {upload_id}")
         raise
     except LoraplexError:

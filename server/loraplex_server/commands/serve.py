@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import signal
 import sys
 from contextlib import suppress
@@ -14,13 +15,19 @@ from loraplex_server import logs
 from loraplex_server.commands.flags import ALL_SETTINGS, with_settings
 from loraplex_server.config import Config
 from loraplex_server.engine.process.child import SpawnedEngine, spawn
+from loraplex_server.runtime.privacy import exposures, keep_private
 
 HELP = "Serve one NF4 base model and many LoRA adapters over gRPC."
+
+log = logging.getLogger(__name__)
 
 
 def serve(config: Config) -> None:
     """Load the base model and serve until SIGTERM."""
     logs.configure(config.log_format, config.log_level)
+    keep_private(config)
+    for sentence in exposures(config):
+        log.warning("%s", sentence)
     for number in (signal.SIGTERM, signal.SIGINT):  # until the server has handlers of its own
         signal.signal(number, lambda *_: sys.exit(0))
     engine = _start_early(config)

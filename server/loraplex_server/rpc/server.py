@@ -31,6 +31,7 @@ from loraplex_server.rpc.services.health import HealthService
 from loraplex_server.rpc.services.model import ModelService
 from loraplex_server.rpc.services.reflection import ReflectionService
 from loraplex_server.rpc.services.training import TrainingService
+from loraplex_server.rpc.transport import ServerTls
 
 QUIET_SECONDS: Final = 0.2
 """Seconds without a new call after which the server stops."""
@@ -95,14 +96,18 @@ class RpcServer:
             if with_reflection:
                 reflection_pb2_grpc.add_ServerReflectionServicer_to_server(self._reflection, server)
 
-    def bind(self, address: Address, which: int = 0) -> Address:
+    def bind(self, address: Address, tls: ServerTls | None = None, which: int = 0) -> Address:
         """Binds the port for the calls of an interceptor, the first by default.
 
-        Ports are bound early, so that a conflict shows before a model is loaded.
-        Returns the address with the actual port. Raises OSError.
+        Ports are bound early, so that a conflict shows before a model is loaded. Connections are
+        encrypted if `tls` is given. Returns the address with the actual port. Raises OSError.
         """
+        server = self._servers[which]
         try:
-            port = self._servers[which].add_insecure_port(str(address))
+            if tls is None:
+                port = server.add_insecure_port(str(address))
+            else:
+                port = server.add_secure_port(str(address), tls.credentials())
         except RuntimeError:
             port = 0
         if port == 0:

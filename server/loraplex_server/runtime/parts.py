@@ -53,7 +53,7 @@ def audit_log_of(config: Config, metrics: Metrics) -> AuditLog:
 
 
 def addresses_of(config: Config) -> list[Address]:
-    """The addresses of the services: that for all callers, and that for managing, if it is apart."""
+    """The addresses of the services: for all callers, and for managing, if that is apart."""
     addresses = [Address(config.host, config.port)]
     if config.manage_host:
         addresses.append(Address(config.manage_host, config.manage_port))

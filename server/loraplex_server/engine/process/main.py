@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable
 from typing import cast
 
+from loraplex_model.base.process.core_dumps import forbid_core_dumps
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.engine.adapters.attempts import Announcements
@@ -63,6 +64,8 @@ def main() -> int:
     (argument,) = sys.argv[1:]
     setup = EngineSetup.parse(argument)
     configure_engine(os.environ.get(wire.DEVICE_VARIABLE, ""), setup.log_format)
+    if not setup.core_dumps:
+        forbid_core_dumps()
     # A signal such as SIGBUS, which a mapped file that is cut short causes, is reported with the
     # Python code that was running.
     faulthandler.enable()

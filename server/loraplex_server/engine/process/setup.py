@@ -21,6 +21,8 @@ class EngineSetup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds between two signs of life."""
     log_format: LogFormat = "text"
     """Format of the process's log lines."""
+    core_dumps: bool = False
+    """Whether the system may write core dumps of the process."""
 
     def command(self) -> list[str]:
         """The command line that starts the engine process with these settings."""

@@ -40,8 +40,8 @@ class Identifies(Protocol):
 class AccessCheck:
     """Decides about the calls that arrive at one address.
 
-    Everything is refused that is not allowed explicitly: a method without an entry in `METHOD_ROLES`
-    or `OPEN_METHODS` is refused to every caller.
+    What is not allowed explicitly is refused: a method without an entry in `METHOD_ROLES` or
+    `OPEN_METHODS` is refused to every caller.
     """
 
     def __init__(self, directory: Identifies | None, *, manages: bool) -> None:

@@ -67,6 +67,7 @@ class ServedCall:
         self.id = uuid.uuid4().hex
         self._records = records
         self._context = context
+        self._peer = str(context.peer())  # cannot be asked once the call has ended
         self._principal = principal
         self._ours = method.startswith(OURS)
         self._method = method
@@ -184,7 +185,7 @@ class ServedCall:
         return AuditEntry(
             method=self._method,
             principal=self._principal.name,
-            peer=peer_host(self._context.peer()),
+            peer=peer_host(self._peer),
             request_id=self.id,
             code=self._code.name,
             reason=self._reason,
