@@ -76,9 +76,7 @@ async def test_a_trained_adapter_is_its_tenants(tmp_path: Path) -> None:
     async with training(tmp_path, tenant("a", own_copies=True)) as shop:
         made = write_adapter(tmp_path / "made", 1)
         delivery = {"load": True, "alias": "a-live", "labels": {"by": "hand"}}
-        job = await create(
-            shop.a, "step 2", f"publish {made}", name="a-made", delivery=delivery
-        )
+        job = await create(shop.a, "step 2", f"publish {made}", name="a-made", delivery=delivery)
         assert dict(job.delivery.labels) == {"team": "a", "by": "hand"}
         (*_, done) = await watch(shop.a, job.job_id)
         assert done.state == State.TRAINING_JOB_STATE_SUCCEEDED, done.error

@@ -236,7 +236,8 @@ async def test_the_base_is_for_those_who_may_use_it(shop: Tenants) -> None:
     await shop.b.generation.Generate(ask(new=1))
     await shop.b.model.RenderChat(model_pb2.RenderChatRequest(messages=CHAT))
     described = [
-        await who.model.GetModel(model_pb2.GetModelRequest()) for who in (closed, shop.b, shop.admin)
+        await who.model.GetModel(model_pb2.GetModelRequest())
+        for who in (closed, shop.b, shop.admin)
     ]
     assert described[0] == described[1] == described[2]
 
@@ -285,7 +286,8 @@ async def test_only_seen_versions_of_a_name_are_listed(shop: Tenants) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a=b", "a!=b,c", "!a", "a in (x,y)", "a notin (x y,z)", "a in (x y)", "a=", "a in ()"]
+    "text",
+    ["", "a=b", "a!=b,c", "!a", "a in (x,y)", "a notin (x y,z)", "a in (x y)", "a=", "a in ()"],
 )
 async def test_a_selector_reads_its_own_text(text: str) -> None:
     selector = LabelSelector.parse(text)

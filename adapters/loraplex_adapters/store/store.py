@@ -360,7 +360,7 @@ class Store:
         return self._blobs.path(digest)
 
     def directory(self, digest: str) -> Path:
-        """The directory of an adapter's files, which may be missing. Raises Refusal(FIELD_INVALID)."""
+        """The directory of an adapter's files, existing or not. Raises Refusal(FIELD_INVALID)."""
         return self._blobs.directory(digest)
 
     def survey(self) -> tuple[Surveyed, ...]:

@@ -43,6 +43,7 @@ READ_SECONDS: Final = 3.0
 CATALOGUE_SECONDS: Final = 30.0
 """Seconds that reading all names may take."""
 
+
 class Registry:
     """Registers adapters, changes their names, and resolves adapter ids.
 
@@ -116,8 +117,10 @@ class Registry:
         does not see.
         """
         seen, digest = principal.seen, adapter.record.digest
-        if seen.terms and not adapter.copies and await self.read(
-            self.store.has_others, digest, seen
+        if (
+            seen.terms
+            and not adapter.copies
+            and await self.read(self.store.has_others, digest, seen)
         ):
             text = "others have adapters with the same files; only a caller with own copies may"
             raise Refusal(Reason.PERMISSION_DENIED, text)

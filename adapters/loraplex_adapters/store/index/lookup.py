@@ -20,9 +20,7 @@ aliases = sa.select(schema.aliases, _versions.digest).join(schema.versions, is_t
 """Query of every alias, with the digest of its version."""
 
 
-def find(
-    connection: sa.Connection, adapter: AdapterId, seen: LabelSelector = EVERYTHING
-) -> Record:
+def find(connection: sa.Connection, adapter: AdapterId, seen: LabelSelector = EVERYTHING) -> Record:
     """Returns the version that an id means; the newest if several have the digest.
 
     An alias, alone or with the digest that it points to, means its version. Versions that `seen`

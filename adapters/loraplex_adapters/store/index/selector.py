@@ -22,9 +22,9 @@ _PLAIN: Final = re.compile(r"[^\s=!,()]*")
 
 _TERM: Final = re.compile(
     r"\s*(?:(?P<absent>!)\s*(?P<absent_key>[^\s=!,()]+)"
-    r"|(?P<key>[^\s=!,()]+)\s*"
-    r"(?:(?P<equals>==?|!=)\s*(?P<value>[^\s=!,()]*)"
-    r"|\s(?P<set>in|notin)\s*\((?P<values>[^()]*)\))?)\s*"
+    r"|(?P<key>[^\s=!,()]+)"
+    r"(?:\s*(?P<equals>==?|!=)\s*(?P<value>[^\s=!,()]*)"
+    r"|\s+(?P<set>in|notin)\s*\((?P<values>[^()]*)\))?)\s*"
 )
 
 

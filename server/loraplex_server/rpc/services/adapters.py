@@ -66,8 +66,9 @@ def _order(
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     """See loraplex/v1/adapter.proto.
 
-    Versions that the caller does not see do not exist for it, in any method. A returned adapter is described as it is after the call. Calls that only read the store or only
-    move an adapter within the engine use these directly; all others go through the registry.
+    Versions that the caller does not see do not exist for it, in any method. A returned adapter is
+    described as it is after the call. Calls that only read the store or only move an adapter within
+    the engine use these directly; all others go through the registry.
     """
 
     def __init__(self, registry: Registry, gate: CallGate) -> None:
