@@ -27,7 +27,7 @@ from loraplex_server.registry.catalogue import Catalogue, read_catalogue
 from loraplex_server.registry.census import Census
 from loraplex_server.registry.feed import AdapterFeed
 from loraplex_server.registry.freshness import unanswered
-from loraplex_server.registry.names import Names
+from loraplex_server.registry.names import AdapterNames
 from loraplex_server.registry.sources import ImportedFolder, Source
 from loraplex_server.registry.terms import Registered, RegistrationTerms, usable
 from loraplex_server.registry.texts import AdapterTexts
@@ -73,7 +73,7 @@ class Registry:
         self._import_root = import_root
         self._limits = limits
         count_changes = partial(self.lanes.count.run, store.change_counter)
-        self._names = Names(count_changes, self._look_up)
+        self._names = AdapterNames(count_changes, self._look_up)
         metrics.series.index_away_seconds.set_function(self._names.freshness.away_seconds)
         self._texts = texts or AdapterTexts()
         self.feed = AdapterFeed(self._catalogue, count_changes)
