@@ -17,6 +17,7 @@ from loraplex.v1 import adapter_pb2 as pb
 from loraplex_adapters.store.disk import unavailable
 from loraplex_adapters.store.index.database import Database
 from rpc.harness import Running, ask, expected, refusal, running, until
+from rpc.tenants import tenants
 
 pytestmark = pytest.mark.fault("index-away")
 
@@ -133,3 +134,22 @@ async def test_names_of_the_start_are_known_even_after_somebody_changed_somethin
         index.fails = False
         await until(lambda: up.metric("index_away_seconds") == 0)
         assert await reason(up.generation.Generate(ask(adapter="beta"))) == "ADAPTER_NOT_FOUND"
+
+
+async def test_who_may_use_an_adapter_is_what_this_server_said_last(
+    tmp_path: Path, index: Index
+) -> None:
+    async with tenants(tmp_path) as shop:
+        await shop.a.register("a-one")
+        await shop.b.register("b-one", 1)
+        for who, name in ((shop.a, "a-one"), (shop.b, "b-one")):
+            await who.generation.Generate(ask(new=1, adapter=name))
+        moved = pb.LabelAdapterRequest(adapter_id="a-one", set={"team": "b"})
+        await shop.admin.adapters.LabelAdapter(moved)
+        index.fails = True
+        await soon(shop.b.generation.Generate(ask(new=1, adapter="b-one")))
+        await soon(shop.b.generation.Generate(ask(new=1, adapter="a-one")))
+        for name in ("a-one", "b-one", "a-gone"):
+            assert (
+                await reason(shop.a.generation.Generate(ask(adapter=name))) == "STORE_UNAVAILABLE"
+            )

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from loraplex.v1 import adapter_pb2 as pb
 from loraplex_server.access.principals import EVERYBODY, Principal
 from loraplex_server.access.rules import cache_salt
 from loraplex_server.engine.messages import files_digest, held_by, holder_of
-from rpc.harness import ask, expected, until
+from rpc.harness import ask, expected, refusal, until
 from rpc.tenants import Tenant, Tenants, tenant, tenants
 from rpc.test_robustness import at_rest
 
@@ -105,6 +106,18 @@ async def test_of_a_shared_copy_its_place_is_shown_and_not_its_use(tmp_path: Pat
             assert adapter.active_requests == 0
         assert (await shop.admin.get("b-one")).HasField("last_use_time")
         assert len(shop.up.server.engine.adapters) == 1
+
+
+async def test_a_copy_that_others_use_is_not_changed(tmp_path: Path) -> None:
+    async with tenants(tmp_path) as shop:
+        await shared_and_own(shop)
+        for order in ("Unload", "Pin", "Unpin", "Merge", "Unmerge"):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await ordered(shop.b, order, "b-one")
+            assert refusal(caught.value).reason == "PERMISSION_DENIED"
+        assert state(await ordered(shop.b, "Load", "b-one")) == "RESIDENT"
+        await shop.a.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="a-one"))
+        assert state(await ordered(shop.b, "Unload", "b-one")) == "STORED"
 
 
 async def test_own_copies_are_loaded_used_and_removed_apart(tmp_path: Path) -> None:

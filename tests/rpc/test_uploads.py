@@ -178,10 +178,12 @@ async def test_a_full_disk_is_told_and_what_was_acknowledged_stays(
         messages = pieces(files, upload_id)
         append = Uploads.append
 
-        def full(uploads: Uploads, upload_id: str, file: str, offset: int, data: bytes) -> int:
+        def full(
+            uploads: Uploads, upload_id: str, file: str, offset: int, data: bytes, *owner: Any
+        ) -> int:
             if offset >= 970 and file.endswith("safetensors"):
                 raise Refusal(Reason.STORE_FULL, "no space is left in the adapter store")
-            return append(uploads, upload_id, file, offset, data)
+            return append(uploads, upload_id, file, offset, data, *owner)
 
         monkeypatch.setattr(Uploads, "append", full)
         assert await refused(up, messages) == "STORE_FULL"

@@ -202,6 +202,10 @@ class Store:
         """Counter that grows with every change of names, aliases and labels by any process."""
         return self._index.change_counter()
 
+    def has_others(self, digest: str, seen: LabelSelector) -> bool:
+        """Whether versions outside of `seen` have this content too."""
+        return self._index.has_others(digest, seen)
+
     def versions(self, name: str, seen: LabelSelector = EVERYTHING) -> tuple[Record, ...]:
         """All versions of a name, newest first. Raises Refusal as `get` does."""
         return self._index.versions(check_name(name), seen)
@@ -351,17 +355,11 @@ class Store:
             return self.register(*terms, **more, allotment=allotment)
 
     def path(self, digest: str) -> Path:
-        """Returns the directory of the adapter with this digest.
-
-        Raises Refusal: FIELD_INVALID (not a digest), ADAPTER_NOT_FOUND.
-        """
+        """The directory of an adapter's files. Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND."""
         return self._blobs.path(digest)
 
     def directory(self, digest: str) -> Path:
-        """Returns the directory of an adapter's files, without checking whether they exist.
-
-        Raises Refusal(FIELD_INVALID): not a digest.
-        """
+        """The directory of an adapter's files, existing or not. Raises Refusal(FIELD_INVALID)."""
         return self._blobs.directory(digest)
 
     def survey(self) -> tuple[Surveyed, ...]:

@@ -21,7 +21,7 @@ _ALL: Final = ""
 """Text of the selector that selects every adapter."""
 
 
-class Names:
+class AdapterNames:
     """Adapter ids and the versions that they mean, in a cache.
 
     What was found for one selector is never an answer for another one, except a version that both

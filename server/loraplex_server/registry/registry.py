@@ -27,7 +27,7 @@ from loraplex_server.registry.catalogue import Catalogue, read_catalogue
 from loraplex_server.registry.census import Census
 from loraplex_server.registry.feed import AdapterFeed
 from loraplex_server.registry.freshness import unanswered
-from loraplex_server.registry.names import Names
+from loraplex_server.registry.names import AdapterNames
 from loraplex_server.registry.sources import ImportedFolder, Source
 from loraplex_server.registry.terms import Registered, RegistrationTerms, usable
 from loraplex_server.registry.texts import AdapterTexts
@@ -74,7 +74,7 @@ class Registry:
         self._import_root = import_root
         self._limits = limits
         count_changes = partial(self.lanes.count.run, store.change_counter)
-        self._names = Names(count_changes, self._look_up)
+        self._names = AdapterNames(count_changes, self._look_up)
         watch_names(metrics, self._names)
         self._texts = texts or AdapterTexts()
         self.feed = AdapterFeed(self._catalogue, count_changes)
@@ -110,6 +110,22 @@ class Registry:
         Raises Refusal if the version may not be served: ADAPTER_QUARANTINED, BASE_MODEL_MISMATCH.
         """
         return usable(await self.resolve(adapter_id, principal))
+
+    async def changeable(self, adapter: Registered, principal: Principal) -> Registered:
+        """The adapter, for an order that changes the engine's copy of it.
+
+        Raises Refusal(PERMISSION_DENIED) if others use this copy for adapters that the principal
+        does not see.
+        """
+        seen, digest = principal.seen, adapter.record.digest
+        if (
+            seen.terms
+            and not adapter.copies
+            and await self.read(self.store.has_others, digest, seen)
+        ):
+            text = "others have adapters with the same files; only a caller with own copies may"
+            raise Refusal(Reason.PERMISSION_DENIED, text)
+        return adapter
 
     async def _look_up(self, adapter_id: str, seen: LabelSelector, known: bool) -> Registered:
         def work() -> Registered:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from loraplex_server.registry.names import Names
+from loraplex_server.registry.names import AdapterNames
 from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.runtime.lanes import Lane, Lanes
 
@@ -24,7 +24,7 @@ def watch_front(metrics: Metrics, lanes: Lanes, gate: CallGate) -> None:
             gauge.set_function(partial(_calls, lane, state))
 
 
-def watch_names(metrics: Metrics, names: Names) -> None:
+def watch_names(metrics: Metrics, names: AdapterNames) -> None:
     """Shows from now on how fresh the known names are, and names adapters by them."""
     freshness = names.freshness
     metrics.series.index_away_seconds.set_function(freshness.away_seconds)

@@ -140,6 +140,16 @@ class Index:
             raise lookup.not_found(name)
         return found
 
+    def has_others(self, digest: str, seen: LabelSelector) -> bool:
+        """Whether versions that are not deleted have this content and are not in `seen`."""
+        conditions = seen.conditions()
+        if not conditions:
+            return False
+        living = (_versions.digest == digest, _versions.deleted_at.is_(None))
+        query = sa.select(_versions.name).where(*living, sa.not_(sa.and_(*conditions)))
+        with self._database.reading() as connection:
+            return connection.execute(query.limit(1)).first() is not None
+
     def deleted(self) -> tuple[Record, ...]:
         """The deleted versions that are not collected yet, in order of names and versions."""
         query = records.versions.where(_versions.deleted_at.is_not(None))

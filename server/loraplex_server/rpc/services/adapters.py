@@ -44,15 +44,19 @@ def _order(
     order: Callable[[Engine, AdapterRef], Awaitable[None]],
     *,
     uses: bool = True,
+    changes: bool = True,
 ) -> Any:
     """A handler that carries out an order to the engine and describes the adapter afterwards.
 
-    An order that `uses` the adapter is refused for one that may not be served.
+    See `AdapterService._ordered`.
     """
 
     async def handle(service: AdapterService, request: Any, context: _Context) -> Any:
         adapter = await service._ordered(
-            request.adapter_id, lambda ref: order(service._engine, ref), uses=uses
+            request.adapter_id,
+            lambda ref: order(service._engine, ref),
+            uses=uses,
+            changes=changes,
         )
         return reply(adapter=adapter)
 
@@ -277,7 +281,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
 
     # residency
 
-    LoadAdapter = _order(pb.LoadAdapterResponse, lambda engine, ref: engine.load(ref))
+    LoadAdapter = _order(
+        pb.LoadAdapterResponse, lambda engine, ref: engine.load(ref), changes=False
+    )
     PinAdapter = _order(pb.PinAdapterResponse, lambda engine, ref: engine.pin(ref, True))
     UnpinAdapter = _order(
         pb.UnpinAdapterResponse, lambda engine, ref: engine.pin(ref, False), uses=False
@@ -302,12 +308,24 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return pb.UnloadAdapterResponse(adapter=adapter)
 
     async def _ordered(
-        self, adapter_id: str, order: Callable[[AdapterRef], Awaitable[None]], *, uses: bool
+        self,
+        adapter_id: str,
+        order: Callable[[AdapterRef], Awaitable[None]],
+        *,
+        uses: bool,
+        changes: bool = True,
     ) -> pb.Adapter:
-        """Carries out an order to the engine and describes the adapter afterwards."""
+        """Carries out an order to the engine and describes the adapter afterwards.
+
+        An order that `uses` the adapter is refused for one that may not be served, and one that
+        `changes` it for all who use it, for one that others have under names that are not seen.
+        """
         require(validate.adapter_id(adapter_id))
         resolving = self._registry.servable if uses else self._registry.resolve
         adapter = await _typed(resolving(adapter_id, caller()), adapter_id, "adapter_id")
+        if changes:
+            changing = self._registry.changeable(adapter, caller())
+            adapter = await _typed(changing, adapter_id, "adapter_id")
         await _typed(order(adapter.ref), adapter_id, "adapter_id")
         return self._describe(adapter.record)
 
