@@ -31,8 +31,8 @@ FUZZ_SECONDS ?= 20
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prometheus demo serve train-adapter test test-seams test-field test-families test-real test-sanitized test-triton test-gpu fuzz lint house proto \
-        bench bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
+.PHONY: help setup model prometheus demo serve train-adapter test check-observability test-seams test-security test-field test-families test-real test-sanitized test-triton test-gpu fuzz lint house proto \
+        bench bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-auth bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
         lock clean distclean
 
 help: ## Show this list of targets
@@ -82,8 +82,14 @@ endif
 test: setup model prometheus ## Run the test suite (ARGS='tests/engine -k preempt')
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -rs $(ARGS)
 
+check-observability: setup model prometheus ## Ask a real Prometheus for every query of the dashboards and alerts, after traffic of every kind (about a minute)
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_observability.py $(ARGS)
+
 test-seams: setup model ## Run the tests of every fault in docs/faults.md, long ones included (under 10 minutes)
 	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python scripts/seams.py $(ARGS)
+
+test-security: setup ## Call every method with every kind of credential on a real server (under a minute)
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/security_tests.py $(ARGS)
 
 test-field: setup model ## Try templates, adapters and data of other programs on real servers and commands (about 3 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/field_tests.py $(ARGS)
@@ -157,6 +163,9 @@ bench-adapters: setup model ## Measure adapter management: loads, replacement, m
 
 bench-neighbour: setup model ## Measure this server beside busy processes; BEFORE names a checkout to compare with
 	BEFORE="$(BEFORE)" $(BIN)/python bench/bench_neighbour.py $(ARGS)
+
+bench-auth: setup model ## Compare a server that identifies its callers, with an audit log, with one that does not
+	$(BIN)/python bench/bench_auth.py $(ARGS)
 
 bench-conversion: setup ## Measure memory and time of converting base models of several sizes to NF4
 	$(BIN)/python bench/bench_conversion.py $(ARGS)

@@ -103,10 +103,20 @@ class Measurement:
     reasons: dict[str, int]
 
 
+Metadata = tuple[tuple[str, str], ...]
+
+
 async def run(
-    target: str, jobs: Sequence[Job], pace: Pace, sampling: Sampling = GREEDY
+    target: str,
+    jobs: Sequence[Job],
+    pace: Pace,
+    sampling: Sampling = GREEDY,
+    metadata: Metadata = (),
 ) -> list[Answer]:
-    """Sends the jobs over one connection and returns their answers in the same order."""
+    """Sends the jobs over one connection and returns their answers in the same order.
+
+    `metadata` goes with each of them, for servers that identify their callers.
+    """
     options = [("grpc.max_receive_message_length", 64 << 20)]
     async with grpc.aio.insecure_channel(target, options=options) as channel:
         call: Call = channel.unary_stream(METHOD)  # no deserialiser: messages stay bytes
@@ -118,7 +128,7 @@ async def run(
 
             async def worker() -> None:
                 for i in turns:
-                    await send(call, requests[i], exchanges[i], end)
+                    await send(call, requests[i], exchanges[i], end, metadata)
 
             await asyncio.gather(*(worker() for _ in range(pace.concurrency)))
         else:
@@ -126,7 +136,7 @@ async def run(
 
             async def arrive(i: int, at: float) -> None:
                 await asyncio.sleep(start + at - time.perf_counter())
-                await send(call, requests[i], exchanges[i], end)
+                await send(call, requests[i], exchanges[i], end, metadata)
 
             await asyncio.gather(*(arrive(i, at) for i, at in enumerate(pace.arrivals)))
     return [read(exchange) for exchange in exchanges]
@@ -198,14 +208,16 @@ def request(job: Job, sampling: Sampling = GREEDY) -> bytes:
     return bytes(message.SerializeToString())
 
 
-async def send(call: Call, request: bytes, exchange: Exchange, end: float) -> None:
+async def send(
+    call: Call, request: bytes, exchange: Exchange, end: float, metadata: Metadata = ()
+) -> None:
     """Sends one request and stores the messages of its answer until `end`, of the same clock."""
     exchange.sent = now = time.perf_counter()
     if now >= end:
         exchange.error = "OUT_OF_TIME"
         return
     try:
-        async for message in call(request, timeout=end - now):
+        async for message in call(request, timeout=end - now, metadata=metadata):
             exchange.messages.append((time.perf_counter(), message))
     except grpc.aio.AioRpcError as e:
         exchange.error = e.code().name

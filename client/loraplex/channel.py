@@ -12,6 +12,8 @@ from typing import Any, TypedDict
 
 import grpc
 
+from loraplex.tracing import trace_metadata
+
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 120.0  # seconds
 HEALTH_TIMEOUT = 5.0  # seconds
@@ -92,7 +94,7 @@ class CallDefaults:
         return {
             "timeout": self.timeout if timeout is None else timeout,
             "wait_for_ready": self.wait_for_ready,
-            "metadata": self.metadata,
+            "metadata": self._sent,
         }
 
     def unbounded(self, timeout: float | None) -> CallArguments:
@@ -101,7 +103,14 @@ class CallDefaults:
 
     def probe(self, timeout: float) -> CallArguments:
         """Returns the arguments of a health check, which never waits for a server."""
-        return {"timeout": timeout, "wait_for_ready": False, "metadata": self.metadata}
+        return {"timeout": timeout, "wait_for_ready": False, "metadata": self._sent}
+
+    @property
+    def _sent(self) -> Metadata:
+        """The client's metadata, with the caller's current trace unless they name one."""
+        if any(key == "traceparent" for key, _ in self.metadata):
+            return self.metadata
+        return (*self.metadata, *trace_metadata())
 
 
 def connect(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:

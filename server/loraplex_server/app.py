@@ -13,11 +13,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Final
 
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Store, UploadBounds
+from loraplex_adapters.store import Store
 from loraplex_model.ops import build
 from prometheus_client import (
     CollectorRegistry,
@@ -30,11 +29,9 @@ from loraplex_server.access.principals import Principal
 from loraplex_server.access.quotas import Quotas
 from loraplex_server.config import Config
 from loraplex_server.engine.group.face import Engine
-from loraplex_server.engine.group.group import EngineGroup, members
-from loraplex_server.engine.group.shedding import HostShedding
+from loraplex_server.engine.group.group import members
 from loraplex_server.engine.messages import Hello, ModelInfo
 from loraplex_server.engine.process.child import SpawnedEngine
-from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.engine.process.descriptors import raise_descriptor_limit
 from loraplex_server.engine.process.identity import BaseChanged
 from loraplex_server.exits import ServerExit
@@ -44,7 +41,7 @@ from loraplex_server.registry.quarantine import QuarantineKeeper
 from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.texts import AdapterTexts
 from loraplex_server.rpc.calls.gate import CallGate
-from loraplex_server.rpc.calls.interceptor import Interceptor
+from loraplex_server.rpc.calls.interceptor import CallPath, Interceptor
 from loraplex_server.rpc.messages.validate import ModelBounds
 from loraplex_server.rpc.server import Address, RpcServer
 from loraplex_server.rpc.services.adapters import AdapterService
@@ -53,14 +50,13 @@ from loraplex_server.rpc.services.generation import GenerationService
 from loraplex_server.rpc.services.model import ModelService
 from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.training import TrainingService
+from loraplex_server.runtime import parts
 from loraplex_server.runtime.admin import MetricsServer
 from loraplex_server.runtime.ending import CLOSE_SECONDS, unexpected_end
 from loraplex_server.runtime.failures import StartFailure, needed
 from loraplex_server.runtime.following import follow_principals
 from loraplex_server.runtime.lanes import Lanes
 from loraplex_server.runtime.loop_lag import watch_event_loop
-from loraplex_server.runtime.pressure import MemoryPressure
-from loraplex_server.runtime.process_memory import default_limit, give_back, used_bytes
 from loraplex_server.runtime.shutdown import (
     ENGINE_SECONDS,
     EXIT_SECONDS,
@@ -70,6 +66,7 @@ from loraplex_server.runtime.shutdown import (
     within,
 )
 from loraplex_server.runtime.watched import WatchedTask, while_alive
+from loraplex_server.telemetry.states import watch_front
 from loraplex_server.text.tokenizer import TextTokenizer
 from loraplex_server.training.opening import job_queue
 from loraplex_server.training.queue import JobQueue
@@ -81,14 +78,10 @@ log = logging.getLogger(__name__)
 
 
 class Server:
-    """The front process: `start`, then `drain`. `close` undoes a start, even an incomplete one.
-
-    Attributes:
-        principals: returns the principals by name; none where callers are not authenticated.
-    """
+    """The front process: `start`, then `drain`. `close` undoes a start, even an incomplete one."""
 
     def __init__(self, config: Config, engine: SpawnedEngine | None = None) -> None:
-        """`engine` is the engine's process, if it was started already."""
+        """`engine` is the engine's process, if it was started already. Raises StartFailure."""
         self._config = config
         self._closing = AsyncExitStack()
         collectors = CollectorRegistry()
@@ -96,29 +89,38 @@ class Server:
             collector(registry=collectors)
         self.metrics = Metrics(collectors, version("loraplex"))
         self._gate = CallGate()
+        self._directory = parts.principals_of(config)
+        self._audit = parts.audit_log_of(config, self.metrics)
+        self._close_later(PART_SECONDS, "the audit log does not close", self._close_audit)
+        self._path = CallPath(self._gate, self.metrics, self._audit, config.write_stall_timeout)
+        checks = parts.access_checks_of(config, self._directory)
         self._rpc = RpcServer(
-            Interceptor(self._gate, self.metrics, config.write_stall_timeout),
+            [Interceptor(self._path, check) for check in checks],
             self._gate,
             config.max_connections,
             config.reflection,
         )
         self._observer = ServerObserver(self.metrics, self._rpc)
-        self.engine: Engine = _engine(config, self._observer, engine)
-        self._pressure = MemoryPressure(
-            int(config.memory_limit) or default_limit(),
-            used_bytes,
-            HostShedding(lambda: members(self.engine)),
-            self.metrics.series,
-            give_back,
-        )
+        self.engine: Engine = parts.engine_of(config, self._observer, engine)
+        self._pressure = parts.memory_pressure_of(config, lambda: self.engine, self.metrics.series)
         self._gate.require_memory = self._pressure.require
         self._quotas = Quotas(config.max_requests, config.max_waiting_tokens)
-        self.principals: Callable[[], Mapping[str, Principal]] = dict
         self._lanes = Lanes()
+        watch_front(self.metrics, self._lanes, self._gate)
         self._training: JobQueue | None = None
         self._accepting: WatchedTask | None = None
-        self.address = Address(config.host, config.port)
+        self.addresses = parts.addresses_of(config)
         self.admin_address = Address(config.admin_host, config.admin_port)
+
+    @property
+    def address(self) -> Address:
+        """Address of the services, for all callers."""
+        return self.addresses[0]
+
+    @property
+    def manage_address(self) -> Address | None:
+        """Address for calls that manage adapters and training jobs, if it is apart."""
+        return self.addresses[1] if len(self.addresses) > 1 else None
 
     async def start(self) -> None:
         """Starts all parts; the server is ready when it returns. Raises StartFailure.
@@ -127,6 +129,11 @@ class Server:
         """
         config = self._config
         self._bind()
+        self.metrics.trace_to(config.otlp_endpoint)
+        self._close_later(PART_SECONDS, "the last spans stay behind", self.metrics.tracing.close)
+        if self._directory is not None:
+            following = WatchedTask(self._directory.watch(self.metrics.series), "principals")
+            self._closing.push_async_callback(following.stop)
         watching = asyncio.create_task(watch_event_loop(self.metrics.series), name="event loop lag")
         self._closing.callback(watching.cancel)
         store = await self._open_store()
@@ -140,7 +147,9 @@ class Server:
             hello.num_blocks * hello.block_size,
         )
         with needed(ServerExit.NO_MODEL, "cannot read"):
-            tokenizer = await asyncio.to_thread(self._tokenizer, model, context)
+            tokenizer = await asyncio.to_thread(
+                parts.tokenizer_of, config, model, context, self._lanes.text
+            )
         limits = AdapterLimits(
             max_rank=config.max_rank,
             max_weights_bytes=int(config.max_adapter_file),
@@ -219,18 +228,8 @@ class Server:
                 hello = await self.engine.start()
             except BaseChanged as error:
                 raise StartFailure(ServerExit.BASE_CHANGED, str(error)) from error
-        self._observer.devices.watch(members(self.engine))
+        self._observer.watch(members(self.engine))
         return hello
-
-    def _tokenizer(self, model: ModelInfo, context: int) -> TextTokenizer:
-        return TextTokenizer(
-            Path(model.tokenizer_path),
-            context,
-            self._lanes.text,
-            eos_token_ids=model.eos_token_ids,
-            special_tokens_in_messages=self._config.special_tokens_in_messages,
-            chat_template=self._config.chat_template,
-        )
 
     def _keep_running(self, registry: Registry) -> None:
         """Starts the tasks that run as long as the server."""
@@ -242,9 +241,7 @@ class Server:
             self.metrics,
         )
         self._observer.on_quarantine = keeper.wake
-        following = follow_principals(
-            lambda: self.principals(), self._quotas, self.metrics.principals
-        )
+        following = follow_principals(self._principals, self._quotas, self.metrics.principals)
         for work, name in (
             (registry.census.run(), "census"),
             (keeper.run(), "quarantines"),
@@ -262,20 +259,29 @@ class Server:
         watch = WatchedTask(while_alive(metrics.thread), "metrics endpoint")
         self._closing.push_async_callback(watch.stop)
         self.admin_address = Address(admin.host, metrics.port)
-        with needed(ServerExit.PORT_IN_USE, f"cannot listen on {self.address}"):
-            self.address = self._rpc.bind(self.address)
         self._close_later(PART_SECONDS, "the connections do not close", self._stop_rpc)
+        for which, address in enumerate(self.addresses):
+            with needed(ServerExit.PORT_IN_USE, f"cannot listen on {address}"):
+                self.addresses[which] = self._rpc.bind(address, which)
 
     async def _open_training(self, registry: Registry) -> JobQueue | None:
         """Opens the queue of training jobs; None if training is off. Raises StartFailure."""
         if not self._config.training:
             return None
-        queue = job_queue(self._config, registry, self.metrics, lambda: self.principals())
+        queue = job_queue(self._config, registry, self.metrics, self._principals)
         with needed(ServerExit.STORE_UNUSABLE, "cannot use"):
             await queue.open()
         stop = partial(self._stop_training, STOP_GRACE)
         self._close_later(TRAINING_SECONDS, "the training does not stop", stop)
         return queue
+
+    def _principals(self) -> Mapping[str, Principal]:
+        """The principals by name; none where callers are not authenticated."""
+        return {} if self._directory is None else self._directory.principals
+
+    async def _close_audit(self) -> None:
+        self._audit.finish()
+        await asyncio.to_thread(self._audit.sink.close)
 
     async def _stop_rpc(self) -> None:
         if self._accepting is not None:
@@ -298,24 +304,11 @@ class Server:
         self._closing.push_async_callback(bounded)
 
     async def _open_store(self) -> Store:
-        def work() -> Store:
-            self._config.prepare_import_root()
-            bounds = UploadBounds(max_weights_bytes=int(self._config.max_adapter_file))
-            return Store(self._config.store, self._config.store_url.get_secret_value(), bounds)
-
         with needed(ServerExit.STORE_UNUSABLE, "cannot use"):
-            store = await asyncio.to_thread(work)
+            store = await asyncio.to_thread(parts.store_of, self._config)
         close = partial(asyncio.to_thread, store.close)
         self._close_later(PART_SECONDS, "the store does not close", close)
         return store
-
-
-def _engine(config: Config, observer: ServerObserver, spawned: SpawnedEngine | None) -> Engine:
-    """The engine of a server: one process, or one for each of several devices."""
-    command, limits = config.engine_setup().command(), config.supervision_limits()
-    if not config.placements:
-        return EngineClient(command, observer, limits=limits, spawned=spawned)
-    return EngineGroup([(each, command) for each in config.placements], observer, limits)
 
 
 async def run(config: Config, engine: SpawnedEngine | None = None) -> ServerExit:
@@ -393,6 +386,8 @@ def _announce(server: Server, seconds: float) -> None:
     """Prints that the server is ready."""
     model = server.engine.hello.model
     where = f"grpc {server.address} admin {server.admin_address}"
+    if server.manage_address is not None:
+        where += f" manage {server.manage_address}"
     devices = ", ".join(member.device for member in members(server.engine))
     what = f"{model.name} ({model.base.dtype} on {devices})"
     print(f"ready: {where} model {what} in {seconds:.1f} s", flush=True)

@@ -101,7 +101,7 @@ class Config(Settings):
         custom = CustomRunner(self.engine_factory, self.engine_options or {})
         runner = custom if self.engine_factory else self.runner_config()
         beat_seconds = min(BEAT_SECONDS, self.engine_hang_timeout / 10)
-        return EngineSetup(runner, self.engine_limits(), beat_seconds)
+        return EngineSetup(runner, self.engine_limits(), beat_seconds, self.log_format)
 
     def supervision_limits(self) -> SupervisionLimits:
         """What is tolerated of the engine process."""

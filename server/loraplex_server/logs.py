@@ -1,4 +1,4 @@
-"""Log lines as text or JSON, each with the id of its request. Prompts are never logged."""
+"""Log lines as text or JSON, each with its request's id and caller. Prompts are never logged."""
 
 from __future__ import annotations
 
@@ -8,10 +8,24 @@ import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
+
+from loraplex_server.telemetry.trace import TRACE
 
 REQUEST_ID: Final[ContextVar[str]] = ContextVar("loraplex_request_id", default="")
 """Id of the RPC that the current task serves; "" outside of RPCs."""
+
+PRINCIPAL: Final[ContextVar[str]] = ContextVar("loraplex_principal", default="")
+"""Name of the principal whose RPC the current task serves; "" outside of RPCs, or if callers are not
+authenticated."""
+
+NOTES: Final[ContextVar[dict[str, Any] | None]] = ContextVar("loraplex_notes", default=None)
+"""Fields for the line that reports the end of the current RPC; None outside of RPCs."""
+
+AUDIT: Final = "loraplex.audit"
+"""Name of the logger of the audit log, if that has no file of its own."""
+
+LogFormat: TypeAlias = Literal["text", "json"]
 
 _SPECIAL: Final = frozenset('"=\\')
 """Characters, besides white space, for which the value of a field is quoted."""
@@ -20,7 +34,14 @@ _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asc
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record as one JSON object with time, level, logger, message and extra fields."""
+    """Formats a record as one JSON object with time, level, logger, message and extra fields.
+
+    `fields` are in every line.
+    """
+
+    def __init__(self, **fields: str) -> None:
+        super().__init__()
+        self._fields = fields
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -28,6 +49,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **self._fields,
             **_extra(record),
         }
         if record.exc_info:
@@ -90,29 +112,52 @@ def _argument(value: object) -> object:
     return json.dumps(text, ensure_ascii=False) if looks_like_fields else value
 
 
-def configure(form: Literal["text", "json"], level: str) -> None:
+def note(**fields: Any) -> None:
+    """Adds fields to the line that reports the end of the current RPC, if there is one."""
+    if (notes := NOTES.get()) is not None:
+        notes.update(fields)
+
+
+def configure(form: LogFormat, level: str) -> None:
     """Sends log lines to standard error in the given format. To be called once, at start."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
-    handler.addFilter(_add_request_id)
+    handler.addFilter(_add_call)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    logging.getLogger(AUDIT).setLevel(logging.INFO)  # kept whatever the level of other lines
+    _log_warnings(form)
 
 
-def configure_engine(device: str = "") -> None:
-    """Sends log lines of the engine process to standard error, as text. To be called once.
+def configure_engine(device: str = "", form: LogFormat = "text") -> None:
+    """Sends log lines of the engine process to standard error. To be called once, at start.
 
-    `device` names the engine's device, if there are several engines.
+    `device` names the engine's device, if there are several engines. In JSON every line has the
+    fields `process` ("engine") and, with several engines, `device`.
     """
     handler = logging.StreamHandler(sys.stderr)
-    engine = f"engine {device}" if device else "engine"
-    handler.setFormatter(TextFormatter(f"%(levelname)s {engine} %(name)s: %(message)s"))
+    if form == "json":
+        where = {"device": device} if device else {}
+        handler.setFormatter(JsonFormatter(process="engine", **where))
+    else:
+        engine = f"engine {device}" if device else "engine"
+        handler.setFormatter(TextFormatter(f"%(levelname)s {engine} %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    _log_warnings(form)
 
 
-def _add_request_id(record: logging.LogRecord) -> bool:
+def _log_warnings(form: LogFormat) -> None:
+    """Has Python's warnings logged where every line is to be JSON."""
+    logging.captureWarnings(form == "json")
+
+
+def _add_call(record: logging.LogRecord) -> bool:
     if request_id := REQUEST_ID.get():
         record.request_id = request_id
+    if principal := PRINCIPAL.get():
+        record.principal = principal
+    if (trace := TRACE.get()) is not None:
+        record.trace_id = trace.trace_id
     return True
 
 

@@ -17,12 +17,17 @@ from loraplex_server.name_labels import NameLabels
 from loraplex_server.principal_series import PrincipalSeries
 from loraplex_server.series import ADAPTER_STATES, Series
 from loraplex_server.step_series import StepSeries
+from loraplex_server.telemetry.residency import AdapterResidency
+from loraplex_server.telemetry.trace import NO_TRACING, Tracing, open_tracing
 
 
 class Metrics:
     """Writes the series of one server. It is also an observer of the engine.
 
     Attributes:
+        series: the families that it writes.
+        residency: which adapters are on the devices, for inference gateways.
+        tracing: makes the spans of calls; by default it makes none.
         principals: the series of identified callers.
     """
 
@@ -31,10 +36,18 @@ class Metrics:
     ) -> None:
         self.registry = registry
         self.series = Series(registry)
+        self.residency = AdapterResidency()
+        registry.register(self.residency)
+        self.tracing: Tracing = NO_TRACING
+        self._version = version
         self._labels = NameLabels(adapter_labels)
         self._steps = StepSeries(self.series)
         self.principals = PrincipalSeries(self.series)
         self.series.build_info.labels(version).set(1)
+
+    def trace_to(self, endpoint: str) -> None:
+        """Sends the spans of calls to `endpoint`, if that is not empty. Raises StartFailure."""
+        self.tracing = open_tracing(endpoint, self._version, self.spans_ended)
 
     # events of the engine
 
@@ -57,6 +70,8 @@ class Metrics:
         ):
             series.adapter_budget_bytes.labels(tier).set(budget)
         self._steps.show_ready(hello.num_blocks, hello.prefix_blocks)
+        series.kv_cache_info.clear()
+        series.kv_cache_info.labels(str(hello.block_size), str(hello.num_blocks)).set(1)
         self._clear_adapters()
         series.engine_ready.set(1)
 
@@ -107,6 +122,14 @@ class Metrics:
             self.series.adapters.labels(state).set(0)
 
     # events of the RPC layer
+
+    def spans_ended(self, result: str, spans: int) -> None:
+        """Records that spans were "exported" or that this has "failed". Called in any thread."""
+        self.series.trace_spans.labels(result).inc(spans)
+
+    def audit_lines(self, result: str, count: int) -> None:
+        """Counts lines of the audit log: "written", "lost", or "left_out" for too many refusals."""
+        self.series.audit_lines.labels(result).inc(count)
 
     def rpc_ended(self, method: str, code: str, seconds: float, reason: str = "") -> None:
         """Records an RPC's gRPC code and, if it failed, its reason of the error table."""

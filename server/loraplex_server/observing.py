@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from loraplex_server.device_series import DeviceSeries
+from loraplex_server.engine.group.face import EngineMember
 from loraplex_server.engine.messages import AdapterStatus, Fatal, Hello, StepReport
 from loraplex_server.engine.process.supervisor import Cause
 from loraplex_server.engine.process.suspects import LossReport
@@ -29,6 +30,11 @@ class ServerObserver:
         self.on_merge = metrics.on_merge
         self._metrics = metrics
         self._rpc = rpc
+
+    def watch(self, members: Sequence[EngineMember]) -> None:
+        """Shows the state of each of these engines from now on."""
+        self.devices.watch(members)
+        self._metrics.residency.watch(members)
 
     def on_step(self, done: StepReport) -> None:
         self._metrics.on_step(done)

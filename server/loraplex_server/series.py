@@ -74,6 +74,7 @@ class Series:
 
     requests = _counter("RPCs that ended.", method=(), code=())
     rejected_requests = _counter("Requests refused or failed.", reason=())
+    audit_lines = _counter("Lines of the audit log.", result=("written", "lost", "left_out"))
     queue_depth = _gauge("Requests whose prompt is not computed yet.")
     queued_tokens = _gauge("Prompt tokens of the requests in the queue.")
     running_requests = _gauge("Requests that are producing tokens.")
@@ -83,6 +84,13 @@ class Series:
     )
     inter_token_latency_seconds = _histogram(
         _SHORT, "Time between the tokens of a request; the mean over tokens sent together."
+    )
+    oldest_waiting_request_seconds = _gauge(
+        "Seconds that the oldest of the requests in the queue has waited; 0 if there is none."
+    )
+    open_calls = _gauge("Calls that run, streams and watches included.")
+    lane_calls = _gauge(
+        "Calls whose blocking work runs in, or waits for, the threads of a lane.", lane=(), state=()
     )
     request_duration_seconds = _histogram(
         _LONG, "Time from an RPC's arrival to its end.", method=()
@@ -104,6 +112,8 @@ class Series:
     )
     sampling_waiting_requests = _gauge("Requests that wait for their turn of costly sampling.")
     kv_blocks = _gauge("KV cache blocks.", state=("free", "used"))
+    kv_usage_ratio = _gauge("Part of the KV cache blocks that requests use, from 0 to 1.")
+    kv_cache_info = _gauge("Constant 1.", block_size=(), num_blocks=())
     prefix_cache_blocks = _gauge("KV cache blocks kept for requests that begin alike.")
     prefix_cache_lookups = _counter("Admissions of requests that may use kept blocks.")
     prefix_cache_hits = _counter("Admissions of requests that used kept blocks.")
@@ -145,6 +155,9 @@ class Series:
     index_away_seconds = _gauge(
         "Seconds since the store's index stopped answering; 0 while it answers."
     )
+    index_age_seconds = _gauge(
+        "Seconds since the store's index has last shown whether names have changed."
+    )
     adapter_bytes = _gauge("Bytes that adapters take.", tier=_TIERS)
     adapter_budget_bytes = _gauge("Bytes that adapters may take.", tier=_TIERS)
     adapter_prefix_blocks = _gauge("KV blocks for virtual tokens.", state=("free", "used"))
@@ -181,6 +194,7 @@ class Series:
         "Memory of all processes of the server, and what they may use.", kind=("used", "limit")
     )
     memory_pressure = _gauge("What is refused for lack of memory, from 0 to 3.")
+    trace_spans = _counter("Spans of traces that were sent.", result=("exported", "failed"))
     build_info = _gauge("Constant 1.", version=())
     model_info = _gauge(
         "Constant 1.", model=(), architecture=(), dtype=(), device=(), kernels=(), fingerprint=()

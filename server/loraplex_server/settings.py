@@ -218,6 +218,9 @@ class Settings(BaseSettings):
     """Format of log lines: `text` for people, `json` for programs."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level that is logged."""
+    otlp_endpoint: str = Field("", pattern=r"^(https?://\S+)?$")
+    """OpenTelemetry collector (OTLP over gRPC) to which spans of calls are sent, as a URL such as
+    http://localhost:4317. If empty, calls are not traced and nothing is connected to."""
 
     engine_factory: str = Field("", repr=False, pattern=r"^([\w.]+:\w+)?$")
     """Function that builds the engine's runner in tests, as `module:name`; empty: a real model."""

@@ -57,6 +57,7 @@ class StepSeries:
         ]
         self._free_prefix_blocks = series.adapter_prefix_blocks.labels("free")
         self._prefix_blocks = 0
+        self._usage = 0.0
         self._shown: dict[str, int] = {}
         self._counted: dict[str, int] = {}
 
@@ -79,6 +80,8 @@ class StepSeries:
                 gauge.set(value)
                 if field == "prefix_blocks":
                     self._free_prefix_blocks.set(self._prefix_blocks - value)
+        blocks = stats.used_blocks + stats.free_blocks
+        self._show_usage(stats.used_blocks / blocks if blocks else 0.0)
         for field, counter in self._counters:
             value = getattr(stats, field)
             # The engine counts from its own start; a Prometheus counter continues over restarts.
@@ -99,6 +102,11 @@ class StepSeries:
         self._counted.clear()
         self._show_nothing()
 
+    def _show_usage(self, ratio: float) -> None:
+        if ratio != self._usage:
+            self._usage = ratio
+            self._series.kv_usage_ratio.set(ratio)
+
     def _show_nothing(self) -> None:
         """Sets the gauges of an engine without requests and adapters."""
         for field, gauge in self._gauges:
@@ -106,6 +114,7 @@ class StepSeries:
                 self._shown[field] = 0
                 gauge.set(0)
         self._free_prefix_blocks.set(self._prefix_blocks)
+        self._show_usage(0.0)
 
 
 def _child(family: M, labels: tuple[str, ...]) -> M:

@@ -75,10 +75,11 @@ def test_a_bearer_decides_even_if_the_certificate_would_do(tmp_path: Path, keys:
     why_refused(known, Credentials("Basic x", certificate))
 
 
-def test_all_bad_credentials_are_refused_alike_and_only_the_log_says_why(
+def test_all_bad_credentials_are_refused_alike_and_only_the_cause_says_why(
     tmp_path: Path, keys: KeyFile, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
+    told = []
     expired, expired_text = keys.add("search", expires=NOON)
     revoked, revoked_text = keys.add("search")
     keys.revoke(revoked.id)
@@ -108,16 +109,17 @@ def test_all_bad_credentials_are_refused_alike_and_only_the_log_says_why(
         "x" * 1_000_000: "more than",
     }
     for authorization, why in cases.items():
-        assert why in why_refused(known, Credentials(authorization)), authorization[:100]
+        told.append(why_refused(known, Credentials(authorization)))
+        assert why in told[-1], authorization[:100]
     assert "is no principal's: a, b" in why_refused(
         known, Credentials(certificate=frozenset({"a", "b"}))
     )
     both = frozenset({"search.example", "ops.example"})
     assert "several principals: ops, search" in why_refused(known, Credentials(certificate=both))
-    lines = [record.getMessage() for record in caplog.records]
-    assert len([line for line in lines if line.startswith("a credential was refused")]) == 20
+    # Anybody can cause these at any rate, so the log has no line for each; the audit log bounds them.
+    assert not caplog.records
     for each in (secret, wrong, secret.upper(), *(t[15:] for t in (expired_text, gone_text))):
-        assert each not in caplog.text
+        assert not any(each in text for text in told)
 
 
 def test_a_key_that_is_revoked_is_refused_after_a_refresh(tmp_path: Path, keys: KeyFile) -> None:

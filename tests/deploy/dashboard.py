@@ -1,4 +1,4 @@
-"""The Grafana dashboard as the tests see it: panels, and queries with the variables filled in."""
+"""The Grafana dashboards as the tests see them: panels, and queries with their variables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "loraplex.json"
+FOLDER = ROOT / "deploy" / "grafana" / "dashboards"
+DASHBOARD = FOLDER / "loraplex.json"
+TENANTS = FOLDER / "loraplex-tenants.json"
+ALL = (DASHBOARD, TENANTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +31,9 @@ class Query:
         return expr
 
 
-def load() -> dict[str, Any]:
-    """The dashboard's JSON."""
-    return json.loads(DASHBOARD.read_text())
+def load(file: Path = DASHBOARD) -> dict[str, Any]:
+    """A dashboard's JSON."""
+    return json.loads(file.read_text())
 
 
 def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:

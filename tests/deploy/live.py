@@ -31,19 +31,29 @@ class Server:
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[Server]:
-    """A server over the oracle with an import root in `folder`; stopped by SIGTERM."""
-    config = config_for(folder)
+def server(folder: Path, **settings: Any) -> Iterator[Server]:
+    """A server over the oracle with an import root in `folder`; stopped by SIGTERM.
+
+    `settings` are passed on in its environment.
+    """
+    given = {
+        f"LORAPLEX_{name.upper()}": json.dumps(value)
+        if isinstance(value, list | bool)
+        else str(value)
+        for name, value in settings.items()
+    }
+    config = config_for(folder, **settings)
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         "LORAPLEX_ENGINE_FACTORY": config.engine_factory,
-        "LORAPLEX_ENGINE_OPTIONS": json.dumps(config.engine_options),
         "LORAPLEX_STORE": str(config.store),
         "LORAPLEX_IMPORT_ROOT": str(config.import_root),
         "LORAPLEX_PORT": "0",
         "LORAPLEX_ADMIN_PORT": "0",
         "LORAPLEX_LOG_LEVEL": "warning",
+        **given,
+        "LORAPLEX_ENGINE_OPTIONS": json.dumps(config.engine_options),
     }
     command = [Path(sys.executable).with_name("loraplex-server"), "serve"]
     with (folder / "server.log").open("wb") as log:
@@ -122,6 +132,12 @@ def prometheus(binary: str, folder: Path, target: str) -> Iterator[Prometheus]:
     finally:
         process.terminate()
         process.wait(60)
+
+
+def scraped(prometheus: Prometheus) -> int:
+    """How often the server has been scraped."""
+    data = prometheus.api("query", query='count_over_time(up{job="loraplex"}[10m])')
+    return int(float(data["result"][0]["value"][1])) if data["result"] else 0
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:

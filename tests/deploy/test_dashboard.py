@@ -1,4 +1,4 @@
-"""The Grafana dashboard can be provisioned anywhere and asks only for what the server exports."""
+"""The Grafana dashboards can be provisioned anywhere and ask only for what the server exports."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from deploy import dashboard, exposition
 GRAFANA = dashboard.ROOT / "deploy" / "grafana"
 
 
-@pytest.fixture(scope="module")
-def board() -> dict:
-    return dashboard.load()
+@pytest.fixture(scope="module", params=dashboard.ALL, ids=lambda file: file.stem)
+def board(request: pytest.FixtureRequest) -> dict:
+    return dashboard.load(request.param)
 
 
 def test_every_query_names_series_that_the_server_exports(board: dict) -> None:
@@ -28,10 +28,11 @@ def test_every_query_names_series_that_the_server_exports(board: dict) -> None:
     assert not unknown
 
 
-def test_every_series_of_the_server_is_on_the_dashboard(board: dict) -> None:
+def test_every_series_of_the_server_is_on_a_dashboard() -> None:
     shown = set()
-    for query in dashboard.queries(board):
-        shown |= exposition.mentioned(query.expr)
+    for file in dashboard.ALL:
+        for query in dashboard.queries(dashboard.load(file)):
+            shown |= exposition.mentioned(query.expr)
     missing = {
         family
         for family, kind in exposition.families().items()
@@ -99,3 +100,10 @@ def test_provisioning_points_at_the_dashboard_and_at_a_prometheus() -> None:
         if volume[0] == "."
     )
     assert mounts["./grafana/dashboards"] == provider["options"]["path"]
+
+
+def test_dashboards_have_ids_of_their_own_and_none_is_left_out() -> None:
+    files = sorted(dashboard.FOLDER.glob("*.json"))
+    assert files == sorted(dashboard.ALL)
+    uids = {dashboard.load(file)["uid"] for file in files}
+    assert uids == {file.stem for file in files}

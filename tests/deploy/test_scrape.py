@@ -57,21 +57,15 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         start = time.time()
         for name in ADAPTERS:
             client.register_adapter(name, name)
-        scrapes = scraped(prometheus)
+        scrapes = live.scraped(prometheus)
 
         # Rates need two scrapes with traffic between them; a few more make every window whole.
         def enough() -> bool:
             traffic(client)
-            return scraped(prometheus) >= scrapes + 8
+            return live.scraped(prometheus) >= scrapes + 8
 
         live.wait_for(enough, 60)
         yield Watched(prometheus, start, time.time())
-
-
-def scraped(prometheus: live.Prometheus) -> int:
-    """How often the server has been scraped."""
-    data = prometheus.api("query", query='count_over_time(up{job="loraplex"}[10m])')
-    return int(float(data["result"][0]["value"][1])) if data["result"] else 0
 
 
 def test_every_query_of_every_panel_returns_data(watched: Watched) -> None:

@@ -66,6 +66,17 @@ def test_the_error_table_is_the_codes() -> None:
     assert documented == {reason.name: row.code.name for reason, row in TABLE.items()}
 
 
+def test_every_reason_of_the_table_is_given_somewhere() -> None:
+    sources = [
+        file.read_text()
+        for package in ("model", "adapters", "training", "server")
+        for file in (ROOT / package).rglob("*.py")
+        if file.name not in ("refusal.py", "errors.py")
+    ]
+    given = set(re.findall(r"\bReason\.([A-Z_]+)\b", "\n".join(sources)))
+    assert {reason.name for reason in TABLE} <= given
+
+
 def test_the_configuration_table_is_the_codes() -> None:
     rows = table(OPERATIONS, "setting")
     shown = {name for name, field in Config.model_fields.items() if field.repr}

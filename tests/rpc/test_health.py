@@ -104,9 +104,9 @@ async def test_a_check_that_arrives_while_the_drain_begins_is_answered(tmp_path:
         raw_connection(up.server.address, DEFAULT_WINDOW) as slow,
     ):
         check = slow.call("/grpc.health.v1.Health/Check")
-        await until(lambda: len(up.server._rpc._interceptor.arrivals) == 1)
+        await until(lambda: len(up.server._path.arrivals) == 1)
         await asyncio.wait_for(up.server.drain(), 20)
-        assert len(up.server._rpc._interceptor.arrivals) == 1
+        assert len(up.server._path.arrivals) == 1
         slow.send(frame(DATA, END_STREAM, check, bytes(5)))
         await until(lambda: check in slow.ended)
         assert slow.received[check] == 7  # the head of a message, and a status

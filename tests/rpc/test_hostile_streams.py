@@ -65,7 +65,7 @@ async def test_the_oldest_of_too_many_half_sent_requests_make_room(
     ):
         # Each call is seen by the server before the next is sent: gRPC hands calls that arrive
         # together to the server in any order.
-        calls = up.server._rpc._interceptor.arrivals
+        calls = up.server._path.arrivals
         streams: list[int] = []
         for sent in range(50):
             streams.append(hostile.call(GENERATE, HALF, end=False))
@@ -95,7 +95,7 @@ async def test_half_sent_requests_end_with_the_drain(tmp_path: Path) -> None:
         upload = "/loraplex.v1.AdapterService/UploadAdapter"
         methods = (GENERATE, STREAM, upload, REFLECT)
         streams = {hostile.call(method, HALF, end=False) for method in methods}
-        await until(lambda: len(up.server._rpc._interceptor.arrivals) == 2)
+        await until(lambda: len(up.server._path.arrivals) == 2)
         await asyncio.wait_for(up.server.drain(), 20)
         await until(lambda: hostile.ended >= streams)
 

@@ -70,7 +70,7 @@ class PrincipalDirectory:
         A bearer credential decides alone, even if it is not valid and there is a certificate.
         Raises Refusal(CREDENTIALS_MISSING) if there are none, and Refusal(CREDENTIALS_INVALID) if
         they are unknown, malformed, expired or revoked, with the same text for all of these. The
-        cause of the latter is a BadCredential, which says why; the log does, too.
+        cause of the latter is a BadCredential, which says why: for the audit log.
         """
         if not (credentials.authorization or credentials.certificate):
             raise refused.missing()
@@ -79,7 +79,6 @@ class PrincipalDirectory:
                 return self._bearer(credentials.authorization)
             return self._certified(credentials.certificate)
         except BadCredential as why:
-            log.info("a credential was refused: %s", why)
             raise refused.invalid() from why
 
     def refresh(self) -> bool:

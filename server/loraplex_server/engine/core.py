@@ -119,7 +119,8 @@ class EngineCore:
     def add(self, submit: Submit) -> None:
         """Accepts a request, or refuses it in the output of the next step."""
         if submit.id in self._requests:
-            log.error("request id %d is in use; the second one is dropped", submit.id)
+            text = "request number %d is in use; the second one is dropped"
+            log.error(text, submit.id, extra={"request_id": submit.request_id})
             return
         self._woken = True
         cache_tokens = self._pool.num_blocks * self._pool.block_size
@@ -137,6 +138,8 @@ class EngineCore:
         if submit.deadline is not None:
             self._deadlines.add(submit.id, submit.deadline)
         if submit.adapters:
+            there = self.adapters.slots.residents
+            request.awaits_load = any(ref.digest not in there for ref in submit.adapters)
             self.adapters.want(request)
         else:
             self._scheduler.enqueue(request)
@@ -157,7 +160,8 @@ class EngineCore:
             try:
                 self._end(request)
             except Exception:
-                log.exception("a failed request could not be ended")
+                extra = {"request_id": request.submit.request_id}
+                log.exception("a failed request could not be ended", extra=extra)
                 self._requests.pop(request_id, None)
         self._answers.fail(request_id, FAULT)
 
@@ -266,6 +270,7 @@ class EngineCore:
         for request in settled.granted:
             self._scheduler.enqueue(request)
             if request.queue_seconds is None:
+                request.load_seconds = now - request.arrived if request.awaits_load else 0.0
                 self._refuse_hopeless(request, now)
         for digest in settled.blocking:
             self._set_back(digest, now)
@@ -302,7 +307,11 @@ class EngineCore:
 
     def _fault(self, requests: Sequence[Request], text: str, error: Exception) -> None:
         """Ends the requests that a failure has hit; `text` is for the log."""
-        log.error(text, len(requests), exc_info=error)
+        extra = {
+            "request_ids": [request.submit.request_id for request in requests],
+            "principals": sorted({request.submit.principal for request in requests} - {""}),
+        }
+        log.error(text, len(requests), exc_info=error, extra=extra)
         self._tally.faults += 1
         for request in requests:
             self._end(request, FAULT)

@@ -60,7 +60,7 @@ def holder_of(digest: str) -> str:
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    """A new request. Answered by `Output`s in `StepReport`; the last has a finish or an error.
+    """A new request, `request_id` in logs. Answered by `Output`s; the last has a finish or an error.
 
     `stop_token_ids` includes the EOS ids unless they are to be ignored. `logprobs` and
     `prompt_logprobs` are numbers of alternatives to report; None reports no log-probabilities.
@@ -82,6 +82,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     cache_salt: str = ""
     principal: str = ""
     weight: float = 1.0
+    request_id: str = ""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -186,7 +187,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """The engine is ready."""
+    """The engine is ready. `num_slots` adapters can be on its device, whatever their size."""
 
     model: ModelInfo
     num_blocks: int
@@ -196,6 +197,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     merge_budget_bytes: int = 0
     prefix_blocks: int = 0
     """KV blocks beyond `num_blocks`, set aside for adapters' virtual tokens."""
+    num_slots: int = 0
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
@@ -227,7 +229,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     `token_ids`. `started` is set on a request's first output, when its prompt has been computed;
     `base_tokens` is then the number of prompt tokens that the base alone computed, of a request
     with an activated LoRA, and `cached_tokens` the number of those whose keys and values were found
-    in the KV cache, of any request.
+    in the KV cache, of any request. `queue_seconds` lasts until its first step, `load_seconds`
+    until its adapters are on the device; 0 if they are there when it arrives.
     """
 
     id: int
@@ -238,6 +241,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     base_tokens: int = 0
     cached_tokens: int = 0
     queue_seconds: float = 0.0
+    load_seconds: float = 0.0
     finish: str | None = None
     error: Failure | None = None
     stop_token: int | None = None
@@ -281,7 +285,7 @@ class AdapterStatus(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class StepStats(msgspec.Struct, frozen=True):
-    """State of the engine after one step. Gauges, unless stated otherwise."""
+    """State of the engine after one step. Gauges, or numbers since its start if so stated."""
 
     step: int
     step_seconds: float
@@ -293,11 +297,9 @@ class StepStats(msgspec.Struct, frozen=True):
     waiting: int
     free_blocks: int
     used_blocks: int
-    preemptions: int
-    """Number since the engine started."""
+    preemptions: int  # since the start
     adapter_bytes: int
-    evictions: int
-    """Number since the engine started."""
+    evictions: int  # since the start
     host_bytes: int = 0
     merged_bytes: int = 0
     prefix_blocks: int = 0
@@ -305,9 +307,9 @@ class StepStats(msgspec.Struct, frozen=True):
     merged_rows: int = 0
     """Number of rows of this step that used dense copies."""
     host_evictions: int = 0
-    """Adapters evicted from host memory, since the engine started."""
+    """Adapters evicted from host memory, since the start."""
     prefetches: int = 0
-    """Adapters read into host memory before they were needed, since the engine started."""
+    """Adapters read into host memory before they were needed, since the start."""
     prefetch_hits: int = 0
     """Number of these adapters that were then used."""
     waiting_turns: int = 0
@@ -317,21 +319,21 @@ class StepStats(msgspec.Struct, frozen=True):
     accounted_bytes: int = 0
     """Memory of the process before the first adapter, and that of all adapters by budget."""
     wasted_rows: int = 0
-    """Rows computed for requests that had ended meanwhile, since the engine started."""
+    """Rows computed for requests that had ended meanwhile, since the start."""
     out_of_memory: int = 0
-    """Passes for which device memory did not suffice, since the engine started."""
+    """Passes for which device memory did not suffice, since the start."""
     waiting_accounts: int = 0
     """Accounts with a request that waits for its start."""
     set_back: int = 0
-    """Requests that had to give up their adapter's place, since the engine started."""
+    """Requests that had to give up their adapter's place, since the start."""
     kept_blocks: int = 0
     """Blocks that the prefix cache has kept, in use or free."""
     prefix_lookups: int = 0
-    """Admissions of requests that may use blocks of the prefix cache, since the engine started."""
+    """Admissions of requests that may use blocks of the prefix cache, since the start."""
     prefix_hits: int = 0
     """Number of these that used some."""
     prefix_evictions: int = 0
-    """Blocks of the prefix cache that were reserved for other content, since the engine started."""
+    """Blocks of the prefix cache that were reserved for other content, since the start."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="step"):

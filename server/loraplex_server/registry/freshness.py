@@ -42,6 +42,7 @@ class IndexFreshness:
         self._clock = clock
         self._count: int | None = None
         self._checked = float("-inf")
+        self._confirmed = clock()
         self._lost_at: float | None = None
         self._check: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[None] | None = None
@@ -56,9 +57,14 @@ class IndexFreshness:
         lost_at = self._lost_at
         return 0.0 if lost_at is None else self._clock() - lost_at
 
+    def age_seconds(self) -> float:
+        """Seconds since a reading of the change count has shown whether names have moved."""
+        return self._clock() - self._confirmed
+
     def known(self, count: int) -> None:
         """Records the change count of a reading that was made elsewhere."""
         self._count = count
+        self._confirmed = self._clock()
 
     async def fresh(self) -> None:
         """Waits until the last reading is recent enough, or until the index counts as away."""
@@ -121,7 +127,7 @@ class IndexFreshness:
         if count != self._count:
             self._count = count
             self._on_change()
-        self._checked = began
+        self._checked = self._confirmed = began
         if self.away:
             log.warning("the store's index answers again after %.0f s", self.away_seconds())
             self._lost_at = None

@@ -105,6 +105,15 @@ class NameCache(Generic[K, T]):
         self._entries.move_to_end(key)
         return entry.value
 
+    def snapshot(self) -> list[tuple[K, T]]:
+        """The kept keys with their values, the last used first. May be called in any thread."""
+        while True:
+            try:
+                entries = list(self._entries.items())
+            except RuntimeError:  # the loop has changed them meanwhile
+                continue
+            return [(key, entry.value) for key, entry in reversed(entries)]
+
     def clear(self) -> None:
         """Marks all entries to be looked up again before their next use: the store has changed."""
         self._generation += 1

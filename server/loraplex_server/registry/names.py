@@ -91,3 +91,12 @@ class Names:
     def clear(self) -> None:
         """Makes every id be looked up again before its next use: the store has changed."""
         self._cache.clear()
+
+    def known(self) -> list[tuple[str, str]]:
+        """The known ids, each with the digest of its version, the last used first.
+
+        An id that means different versions to different callers comes with each. May be called in
+        any thread.
+        """
+        pairs = [(key[0], adapter.record.digest) for key, adapter in self._cache.snapshot()]
+        return list(dict.fromkeys(pairs))

@@ -33,6 +33,7 @@ from loraplex_server.registry.terms import Registered, RegistrationTerms, usable
 from loraplex_server.registry.texts import AdapterTexts
 from loraplex_server.runtime.finishing import to_the_end
 from loraplex_server.runtime.lanes import Lane, Lanes
+from loraplex_server.telemetry.states import watch_names
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -74,7 +75,7 @@ class Registry:
         self._limits = limits
         count_changes = partial(self.lanes.count.run, store.change_counter)
         self._names = Names(count_changes, self._look_up)
-        metrics.series.index_away_seconds.set_function(self._names.freshness.away_seconds)
+        watch_names(metrics, self._names)
         self._texts = texts or AdapterTexts()
         self.feed = AdapterFeed(self._catalogue, count_changes)
         self.census = Census(partial(self.lanes.survey.run, store.survey), self._base, metrics)

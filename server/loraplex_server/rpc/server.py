@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,30 +72,37 @@ class Address:
 
 
 class RpcServer:
-    """The services, health checks and, optionally, reflection on one port."""
+    """The services, health checks and, optionally, reflection, at one address or several.
+
+    Each address has an interceptor, which decides what is served there, and `max_connections`. The
+    services, and what their calls share, are the same at all of them.
+    """
 
     def __init__(
-        self, interceptor: Interceptor, gate: CallGate, max_connections: int, with_reflection: bool
+        self,
+        interceptors: Sequence[Interceptor],
+        gate: CallGate,
+        max_connections: int,
+        with_reflection: bool,
     ) -> None:
         options = (*OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections))
-        self._interceptor = interceptor
         self._gate = gate
-        self._server = make_server([interceptor], options)
+        self._servers = [make_server([each], options) for each in interceptors]
         self._health = HealthService((health.OVERALL_HEALTH, *SERVICES))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._reflection = ReflectionService((*SERVICES, health.SERVICE_NAME), gate)
-        if with_reflection:
-            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
-                self._reflection, self._server
-            )
+        for server in self._servers:
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            if with_reflection:
+                reflection_pb2_grpc.add_ServerReflectionServicer_to_server(self._reflection, server)
 
-    def bind(self, address: Address) -> Address:
-        """Binds the port, so that a conflict shows before a model is loaded.
+    def bind(self, address: Address, which: int = 0) -> Address:
+        """Binds the port for the calls of an interceptor, the first by default.
 
+        Ports are bound early, so that a conflict shows before a model is loaded.
         Returns the address with the actual port. Raises OSError.
         """
         try:
-            port = self._server.add_insecure_port(str(address))
+            port = self._servers[which].add_insecure_port(str(address))
         except RuntimeError:
             port = 0
         if port == 0:
@@ -109,11 +117,13 @@ class RpcServer:
         model: ModelService,
     ) -> None:
         """Starts to accept calls."""
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
-        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
-        training_pb2_grpc.add_TrainingServiceServicer_to_server(training, self._server)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(model, self._server)
-        await self._server.start()
+        for server in self._servers:
+            generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
+            adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
+            training_pb2_grpc.add_TrainingServiceServicer_to_server(training, server)
+            model_pb2_grpc.add_ModelServiceServicer_to_server(model, server)
+        for server in self._servers:
+            await server.start()
 
     def set_serving(self, serving: bool) -> None:
         """Sets the health of the server and of each service."""
@@ -124,8 +134,18 @@ class RpcServer:
         self._health.close()
 
     async def stopped(self) -> None:
-        """Waits until no calls are accepted any more. Raises the error that ended the server."""
-        await self._server.wait_for_termination()
+        """Waits until one of the addresses accepts no calls any more.
+
+        Raises the error that has caused it.
+        """
+        ends = [asyncio.ensure_future(each.wait_for_termination()) for each in self._servers]
+        try:
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for end in done:
+                end.result()
+        finally:
+            for end in ends:
+                end.cancel()
 
     async def stop(self, grace_seconds: float) -> None:
         """Stops listening. Calls that do not end within the grace period are cancelled.
@@ -138,4 +158,4 @@ class RpcServer:
         self._gate.close()
         await self._gate.ended(grace_seconds)
         await self._gate.quiet(QUIET_SECONDS, grace_seconds)
-        await self._server.stop(0.0)
+        await asyncio.gather(*(server.stop(0.0) for server in self._servers))

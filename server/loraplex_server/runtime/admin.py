@@ -11,6 +11,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 from wsgiref.simple_server import WSGIRequestHandler
@@ -18,9 +19,23 @@ from wsgiref.simple_server import WSGIRequestHandler
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
+from loraplex_server.telemetry import residency
+
 MAX_HTTP_CONNECTIONS: Final = 16
 HTTP_SECONDS: Final = 10.0
 """Seconds after which a connection is closed, whatever it does."""
+
+ROUTING_PATH: Final = "/metrics/routing"
+"""Path of a short page, with the families that inference gateways read many times a second."""
+
+ROUTING_FAMILIES: Final = (
+    "loraplex_queue_depth",
+    "loraplex_queued_tokens",
+    "loraplex_running_requests",
+    "loraplex_kv_usage_ratio",
+    "loraplex_kv_cache_info",
+    residency.NAME,
+)
 
 _POLL_SECONDS: Final = 0.5
 _RETRY_SECONDS: Final = 0.2
@@ -42,7 +57,7 @@ class MetricsServer:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         self._server = _BoundedServer(family, (str(address[0]), port))
-        self._server.set_app(make_wsgi_app(registry))
+        self._server.set_app(_application(registry))
         self.port = self._server.server_port
         self.thread = threading.Thread(
             target=self._server.serve_forever, args=(_POLL_SECONDS,), name="metrics", daemon=True
@@ -60,6 +75,19 @@ class MetricsServer:
         self.thread.join()
         self._server.server_close()
         self._server.close_older(0.0)
+
+
+def _application(registry: CollectorRegistry) -> Callable[..., Any]:
+    """Answers `ROUTING_PATH` with few families, and every other path with all of them."""
+    whole = make_wsgi_app(registry)
+    routing = make_wsgi_app(registry.restricted_registry(ROUTING_FAMILIES))
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        if environ.get("PATH_INFO") != ROUTING_PATH:
+            return whole(environ, start_response)
+        return routing({**environ, "QUERY_STRING": ""}, start_response)
+
+    return application
 
 
 @dataclass(slots=True, eq=False)

@@ -12,7 +12,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -54,8 +54,19 @@ class Lane:
         self._tasks: queue.SimpleQueue[_Task] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._taken = 0
+        self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def running(self) -> int:
+        """Number of calls whose work runs."""
+        return self._running
+
+    @property
+    def waiting(self) -> int:
+        """Number of calls that wait for a thread."""
+        return self._taken - self._running
 
     _working_niced: ClassVar[int] = 0
     """Number of pieces of work that run in niced lanes of this process."""
@@ -77,6 +88,7 @@ class Lane:
         except BaseException:
             self._leave()
             raise
+        self._running += 1
         self._count_niced(1)
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()  # from here on the work runs, whoever waits for it
@@ -96,6 +108,7 @@ class Lane:
         self._threads = []
 
     def _done(self) -> None:
+        self._running -= 1
         self._count_niced(-1)
         self._free.release()
         self._leave()
@@ -157,9 +170,13 @@ class Lanes:
         self.text = Lane("tokenising", threads=2, waiting=320)
         self.training = Lane("work on training jobs", threads=2, waiting=1024, nice=NICE)
 
+    def named(self) -> Mapping[str, Lane]:
+        """All lanes by the names of their attributes."""
+        return vars(self)
+
     async def close(self, patience: float) -> None:
         """Closes all lanes; see `Lane.close`."""
-        await asyncio.gather(*(lane.close(patience) for lane in vars(self).values()))
+        await asyncio.gather(*(lane.close(patience) for lane in self.named().values()))
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:

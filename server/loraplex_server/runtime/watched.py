@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
@@ -28,7 +29,9 @@ class WatchedTask:
 
     def __init__(self, work: Coroutine[Any, Any, None], name: str) -> None:
         self._may_end = False
-        self._task = asyncio.get_running_loop().create_task(work, name=name)
+        # It may be started by a call, whose caller and request id it would inherit.
+        own = contextvars.Context()
+        self._task = asyncio.get_running_loop().create_task(work, name=name, context=own)
         self._task.add_done_callback(self._on_end)
 
     @property

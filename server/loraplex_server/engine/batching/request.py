@@ -123,6 +123,8 @@ class Request:
             they were found in the KV cache before its first answer.
         runs: number of times that it was admitted.
         queue_seconds: time from its arrival to its first step; None before that.
+        awaits_load: whether some of its adapters were not on the device when it arrived.
+        load_seconds: time from its arrival until they were all there; 0 if they were there.
         short_positions: as in the base's `DecoderConfig`; 0 if all sequences are alike.
         account: whom its tokens are charged to; None before it is queued.
         begun: time of its last start on the engine's clock.
@@ -154,6 +156,8 @@ class Request:
     cached: int = 0
     runs: int = 0
     queue_seconds: float | None = None
+    awaits_load: bool = False
+    load_seconds: float = 0.0
     short_positions: int = 0
     account: Account | None = None
     begun: float = 0.0

@@ -116,4 +116,5 @@ def join_hellos(hellos: Sequence[Hello]) -> Hello:
         host_budget_bytes=total("host_budget_bytes"),
         merge_budget_bytes=total("merge_budget_bytes"),
         prefix_blocks=total("prefix_blocks"),
+        num_slots=total("num_slots"),
     )

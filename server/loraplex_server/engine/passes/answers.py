@@ -206,6 +206,7 @@ class Answers:
             cached_tokens=request.cached if started else 0,
             base_tokens=min(request.active_from, request.prompt_len) if started else 0,
             queue_seconds=(request.queue_seconds or 0.0) if started else 0.0,
+            load_seconds=request.load_seconds if started else 0.0,
             finish=finish,
             stop_token=token if finish == "stop" else None,
         )

@@ -71,6 +71,7 @@ class EngineClient:
     """One engine process and its replacements.
 
     Attributes:
+        requests: what the process has been given and has not ended, by number.
         restarts: number of processes lost.
         stats: statistics of the last step; None before the first.
         adapters: the engine's table of adapters by digest.
@@ -106,7 +107,7 @@ class EngineClient:
         self._restoration = Restoration()
         self._report = LossReport()
         self._streams: dict[int, OutputStream] = {}
-        self._requests: dict[int, Submit] = {}
+        self.requests: dict[int, Submit] = {}
         self._pending: dict[int, asyncio.Future[None]] = {}
         self._ops = itertools.count(1)
         self.restarts = 0
@@ -159,7 +160,7 @@ class EngineClient:
     def _send(self, message: Submit) -> None:
         """Gives a request to the engine, unless it has ended."""
         if message.id in self._streams:
-            self._requests[message.id] = message
+            self.requests[message.id] = message
             self._supervisor.send(message)
 
     async def _submit_apart(
@@ -196,7 +197,7 @@ class EngineClient:
 
     def abort(self, request_id: int) -> None:
         """Ends a request; its stream receives nothing more. Unknown ids are ignored."""
-        self._requests.pop(request_id, None)
+        self.requests.pop(request_id, None)
         if self._streams.pop(request_id, None) is not None:
             self._supervisor.send(Abort(request_id))
 
@@ -316,7 +317,7 @@ class EngineClient:
 
     def _finish(self, output: Output) -> None:
         """Puts the last output of a request into its stream, if that is still read."""
-        request = self._requests.pop(output.id, None)
+        request = self.requests.pop(output.id, None)
         if request is not None and output.finish is not None:
             self._suspects.on_finish(request)
         if (stream := self._streams.pop(output.id, None)) is not None:
@@ -354,7 +355,7 @@ class EngineClient:
         self.stats = None
         self.restarts += 1
         log.error("the engine process was lost; %d requests fail", len(self._streams))
-        self._report = self._suspects.on_death(self._requests.values())
+        self._report = self._suspects.on_death(self.requests.values())
         self.quarantined.update(self._report.quarantined)
         self._restoration.on_lost(
             self.adapters.values(),
@@ -386,7 +387,7 @@ class EngineClient:
     def _fail_all(self, failure: Failure) -> None:
         """Ends every open stream and every unanswered order with a failure."""
         streams, self._streams = self._streams, {}
-        self._requests.clear()
+        self.requests.clear()
         for request_id, stream in streams.items():
             stream.put(Output(id=request_id, error=failure))
         pending, self._pending = self._pending, {}

@@ -69,7 +69,9 @@ class Handler:
                 case _:
                     self._core.control(message)
         except Exception:
-            log.exception("a message of the kind %s failed", type(message).__name__)
+            concerns = {"request_id": message.request_id} if isinstance(message, Submit) else None
+            text = "a message of the kind %s failed"
+            log.exception(text, type(message).__name__, extra=concerns)
             return self._failed(message)
         self._failures = 0
         return None

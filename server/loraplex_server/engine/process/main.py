@@ -60,7 +60,9 @@ def main() -> int:
     # The front decides when the engine ends: a Ctrl-C in the terminal must not cut its drain short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    configure_engine(os.environ.get(wire.DEVICE_VARIABLE, ""))
+    (argument,) = sys.argv[1:]
+    setup = EngineSetup.parse(argument)
+    configure_engine(os.environ.get(wire.DEVICE_VARIABLE, ""), setup.log_format)
     # A signal such as SIGBUS, which a mapped file that is cut short causes, is reported with the
     # Python code that was running.
     faulthandler.enable()
@@ -69,13 +71,11 @@ def main() -> int:
     # Adapters and caches are many megabytes with scattered access: on pages of 4 KiB every other
     # access would miss the TLB. torch reads this variable at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    (argument,) = sys.argv[1:]
     front = socket.socket(fileno=int(os.environ[wire.SOCKET_VARIABLE]))
     outbox = Outbox(front)
     inbox: Inbox = queue.SimpleQueue()
     _start_thread("front", _receive, front, inbox)
     try:
-        setup = EngineSetup.parse(argument)
         runner = _build(setup.runner)
         attempts = Announcements(outbox.send)
         loader = ThreadLoader(runner, wake=lambda: inbox.put(None), attempts=attempts)
@@ -210,6 +210,7 @@ def _hello(runner: ModelRunner) -> Hello:
         host_budget_bytes=runner.host_budget_bytes,
         merge_budget_bytes=runner.merge_budget_bytes,
         prefix_blocks=runner.prefix_blocks,
+        num_slots=runner.num_slots,
     )
 
 

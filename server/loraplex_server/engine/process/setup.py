@@ -9,6 +9,7 @@ import msgspec
 from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.process.pulse import BEAT_SECONDS
 from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
+from loraplex_server.logs import LogFormat
 
 
 class EngineSetup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -18,6 +19,8 @@ class EngineSetup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limits: EngineLimits = EngineLimits()
     beat_seconds: float = BEAT_SECONDS
     """Seconds between two signs of life."""
+    log_format: LogFormat = "text"
+    """Format of the process's log lines."""
 
     def command(self) -> list[str]:
         """The command line that starts the engine process with these settings."""

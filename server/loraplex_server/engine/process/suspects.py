@@ -219,12 +219,13 @@ class Suspects:
 def content_of(request: Submit) -> bytes:
     """Digest of what a request computes.
 
-    Its id, deadline, priority, payer, salt of the prefix cache and seed are left out.
+    Its ids, deadline, priority, payer, salt of the prefix cache and seed are left out.
     """
     sampling = msgspec.structs.replace(request.sampling, seed=0)
     plain = msgspec.structs.replace(
         request,
         id=0,
+        request_id="",
         deadline=None,
         priority=0,
         account="",

@@ -31,6 +31,11 @@ class CallGate:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._when_closing: list[Callable[[], None]] = []
 
+    @property
+    def calls(self) -> int:
+        """Number of calls of our services that run."""
+        return self._calls
+
     def when_closing(self, callback: Callable[[], None]) -> None:
         """Registers a callback, which is called when the gate closes."""
         self._when_closing.append(callback)

@@ -1,42 +1,31 @@
-"""Wraps every call: request id, log line, metrics, and the status of a failure.
-
-No exception's text leaves the server. A handler raises `Refusal`; anything else becomes an
-internal error. The client gets the request id, under which the log has the details.
-"""
+"""Wraps every call: who may make it, request id, log line, metrics, and the status of a failure."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import grpc
 from google.protobuf.message import Message
-from loraplex_model.base.refusal import PRINCIPAL_PREFIX, Reason, Refusal
+from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_server.access.principals import EVERYBODY, reset_caller, set_caller
-from loraplex_server.logs import REQUEST_ID
+from loraplex_server.access.audit import AuditLog
+from loraplex_server.access.principals import Principal
 from loraplex_server.metrics import Metrics
+from loraplex_server.rpc.calls.access import NOBODY, AccessCheck, Standing
 from loraplex_server.rpc.calls.arriving import Arrivals
-from loraplex_server.rpc.calls.bounds import beyond_bounds
-from loraplex_server.rpc.calls.errors import TABLE, require, status_of, trailers_of
+from loraplex_server.rpc.calls.call import OURS, CallRecords, ServedCall
 from loraplex_server.rpc.calls.gate import CallGate
-from loraplex_server.rpc.calls.ids import is_request_id
 from loraplex_server.rpc.calls.intake import Intake, Reader
 from loraplex_server.rpc.calls.remains import forget_after_call
 from loraplex_server.rpc.calls.writing import StreamWriter
 
-log = logging.getLogger(__name__)
-
-_OURS: Final = "/loraplex.v1."
-_CLOCK_SLACK: Final = 0.02
-"""Seconds before its deadline at which a client's cancellation still counts as the deadline."""
+_GENERATION: Final = "/loraplex.v1.GenerationService/"
+"""Service whose streams may finish after their caller's credential has ended."""
 
 _CANCELLATION_SECONDS: Final = 0.1
 """Longest time between the end of a lost call's requests and its cancellation."""
@@ -53,18 +42,30 @@ _StreamBehaviour: TypeAlias = "Callable[[Any, _Context], AsyncGenerator[Message,
 """Takes the same, and yields the replies."""
 
 
-class Interceptor(grpc.aio.ServerInterceptor):
-    """Wraps the handler of every method, and decodes its requests in place of gRPC.
+class CallPath:
+    """What the calls of all addresses share: records, bounds on what arrives, and the writer.
 
     A stream is ended after `write_stall_seconds` in which its client does not read.
     """
 
-    def __init__(self, gate: CallGate, metrics: Metrics, write_stall_seconds: float) -> None:
-        self._gate = gate
-        self._metrics = metrics
+    def __init__(
+        self, gate: CallGate, metrics: Metrics, audit: AuditLog, write_stall_seconds: float
+    ) -> None:
+        self.records = CallRecords(gate, metrics, audit)
         self.arrivals = Arrivals(gate)
-        self._intake = Intake()
-        self._writer = StreamWriter(gate, write_stall_seconds)
+        self.intake = Intake()
+        self.writer = StreamWriter(gate, write_stall_seconds)
+
+
+class Interceptor(grpc.aio.ServerInterceptor):
+    """Wraps the handler of every method at one address, and decodes its requests in place of gRPC.
+
+    A call that is not allowed is refused before anything of its request is read.
+    """
+
+    def __init__(self, path: CallPath, access: AccessCheck) -> None:
+        self._path = path
+        self._access = access
         self._refusing: set[asyncio.Task[None]] = set()
 
     async def intercept_service(
@@ -73,7 +74,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         """See grpc.aio.ServerInterceptor."""
-        self._gate.arrive()
+        self._path.records.gate.arrive()
         handler: Any = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -96,33 +97,45 @@ class Interceptor(grpc.aio.ServerInterceptor):
         return make(guarded, None, handler.response_serializer)
 
     def _unary(self, method: str, behave: _Behaviour, read: Reader) -> _Behaviour:
+        intake = self._path.intake
+
         async def guarded(requests: object, context: _Context) -> Message:
-            data = await self._request(method, context)
-            async with _Call(self._gate, self._metrics, method, context) as call:
-                with self._intake.holding(len(data)):
-                    request = call.check(await self._intake.decode(read, data))
-                    return await behave(request, context)
+            principal = await self._admit(method, context)
+            data = await self._request(method, context, principal)
+            async with self._call(method, context, principal) as call:
+                with intake.holding(len(data)):
+                    request = call.check(await intake.decode(read, data))
+                    return call.answered(await behave(request, context))
 
         return guarded
 
     def _gathering(self, method: str, behave: _Behaviour, read: Reader) -> _Behaviour:
         async def guarded(stream: AsyncIterator[bytes], context: _Context) -> Message:
-            async with _Call(self._gate, self._metrics, method, context) as call:
+            principal = await self._admit(method, context)
+            standing = self._access.standing(method, context, principal)
+            async with self._call(method, context, principal) as call:
                 call.require_open()
-                async with aclosing(self._requests(stream, call, read)) as requests:
-                    return await behave(requests, context)
+                async with aclosing(self._requests(stream, call, read, standing)) as requests:
+                    return call.answered(await behave(requests, context))
 
         return guarded
 
     def _stream(
         self, method: str, behave: _StreamBehaviour, read: Reader
     ) -> Callable[[Any, _Context], Awaitable[None]]:
+        intake = self._path.intake
+
         async def guarded(requests: object, context: _Context) -> None:
-            data = await self._request(method, context)
-            async with _Call(self._gate, self._metrics, method, context) as call:
-                with self._intake.holding(len(data)):
-                    request = call.check(await self._intake.decode(read, data))
-                    await self._answer(call, behave(request, context), context)
+            principal = await self._admit(method, context)
+            data = await self._request(method, context, principal)
+            async with self._call(method, context, principal) as call:
+                with intake.holding(len(data)):
+                    request = call.check(await intake.decode(read, data))
+                    events = behave(request, context)
+                    if not method.startswith(_GENERATION):
+                        standing = self._access.standing(method, context, principal)
+                        events = events if standing is None else standing.over(events)
+                    await self._answer(call, events, context)
 
         return guarded
 
@@ -130,47 +143,72 @@ class Interceptor(grpc.aio.ServerInterceptor):
         self, method: str, behave: _StreamBehaviour, read: Reader
     ) -> Callable[[Any, _Context], Awaitable[None]]:
         async def guarded(stream: AsyncIterator[bytes], context: _Context) -> None:
-            async with _Call(self._gate, self._metrics, method, context) as call:
+            principal = await self._admit(method, context)
+            standing = self._access.standing(method, context, principal)
+            async with self._call(method, context, principal) as call:
                 call.require_open()
-                async with aclosing(self._requests(stream, call, read)) as requests:
+                async with aclosing(self._requests(stream, call, read, standing)) as requests:
                     await self._answer(call, behave(requests, context), context)
 
         return guarded
 
+    async def _admit(self, method: str, context: _Context) -> Principal:
+        """The caller. Ends the call, with AbortError, if it is not allowed."""
+        principal = NOBODY
+        try:
+            principal = self._access.identify(method, context)
+            self._access.require(method, principal)
+        except Exception as error:
+            async with self._call(method, context, principal):
+                raise error
+        return principal
+
+    def _call(self, method: str, context: _Context, principal: Principal) -> ServedCall:
+        return ServedCall(self._path.records, method, context, principal)
+
     async def _requests(
-        self, stream: AsyncIterator[bytes], call: _Call, read: Reader
+        self,
+        stream: AsyncIterator[bytes],
+        call: ServedCall,
+        read: Reader,
+        standing: Standing | None,
     ) -> AsyncGenerator[Message, None]:
         """Yields the requests of a stream; raises Refusal as for a single request."""
+        intake = self._path.intake
         arriving: Any = aiter(stream)
         # gRPC's generator refers to itself until it is closed.
         async with aclosing(arriving):
             async for data in arriving:
-                with self._intake.holding(len(data)):
-                    yield call.check(await self._intake.decode(read, data))
+                if standing is not None:
+                    standing.check()
+                with intake.holding(len(data)):
+                    yield call.check(await intake.decode(read, data))
 
-    async def _request(self, method: str, context: _Context) -> bytes:
+    async def _request(self, method: str, context: _Context, principal: Principal) -> bytes:
         """Reads the only request of a call, which `Arrivals` refuses if it does not arrive."""
-        refuse = partial(self._refuse, method, context)
-        key = self.arrivals.begin(refuse, drains=method.startswith(_OURS))
+        refuse = partial(self._refuse, method, context, principal)
+        key = self._path.arrivals.begin(refuse, drains=method.startswith(OURS))
         try:
             data: Any = await context.read()
         except grpc.aio.AbortError as refused:
             forget_after_call(refused)
             raise
         finally:
-            self.arrivals.end(key)
+            self._path.arrivals.end(key)
         if data is not grpc.aio.EOF:
             return bytes(data)
         # Either the client has sent none, or the cancellation of a lost call is about to arrive.
         await asyncio.sleep(_CANCELLATION_SECONDS)
         return _NO_REQUEST
 
-    def _refuse(self, method: str, context: _Context, refusal: Refusal) -> None:
+    def _refuse(
+        self, method: str, context: _Context, principal: Principal, refusal: Refusal
+    ) -> None:
         """Ends a call whose request is being read; the read then fails with the same AbortError."""
 
         async def fail() -> None:
             with contextlib.suppress(grpc.aio.BaseError):
-                async with _Call(self._gate, self._metrics, method, context):
+                async with self._call(method, context, principal):
                     raise refusal
 
         task = asyncio.get_running_loop().create_task(fail())
@@ -178,132 +216,11 @@ class Interceptor(grpc.aio.ServerInterceptor):
         task.add_done_callback(self._refusing.discard)
 
     async def _answer(
-        self, call: _Call, events: AsyncGenerator[Message, None], context: _Context
+        self, call: ServedCall, events: AsyncGenerator[Message, None], context: _Context
     ) -> None:
         # Closing the generator frees the request when the client is gone.
         async with aclosing(events):
             async for event in events:
-                await self._writer.write(context, event, events, call.stall)
+                await self._path.writer.write(context, event, events, call.stall)
                 if call.stalled:
                     raise Refusal(Reason.READER_STALLED, "the client stopped reading")
-
-
-class _Call:
-    """One call: its id, the status of its failure, and the log line and metrics of its end."""
-
-    def __init__(self, gate: CallGate, metrics: Metrics, method: str, context: _Context) -> None:
-        self.id = uuid.uuid4().hex
-        self._gate = gate
-        self._metrics = metrics
-        self._context = context
-        self._ours = method.startswith(_OURS)
-        self._method = method.rpartition("/")[2]
-        self._code = grpc.StatusCode.OK
-        self._reason = ""
-        self._began = time.monotonic()
-        self._counted = False
-        self._admitted = False
-        self.stalled = False
-        """Whether the request was ended because its client does not read."""
-
-    async def __aenter__(self) -> Self:
-        self._token = REQUEST_ID.set(self.id)
-        self._caller = set_caller(EVERYBODY)
-        if self._ours:
-            self._gate.enter()
-            self._counted = True
-        return self
-
-    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            if error is None:
-                self._context.set_trailing_metadata((("x-request-id", self.id),))
-            else:
-                forget_after_call(error)
-                await self._fail(error)
-        finally:
-            self._leave()
-            if self._ours:
-                self._report(time.monotonic() - self._began)
-            reset_caller(self._caller)
-            REQUEST_ID.reset(self._token)
-
-    def stall(self) -> None:
-        """Ends the work for a client that does not read. A drain does not wait for its call."""
-        log.warning("the client stopped reading", extra={"request_id": self.id})
-        self.stalled = True
-        self._leave()
-
-    def _leave(self) -> None:
-        if self._counted:
-            self._counted = False
-            self._gate.leave()
-
-    def _report(self, seconds: float) -> None:
-        self._metrics.rpc_ended(self._method, self._code.name, seconds, self._reason)
-        extra = {"method": self._method, "code": self._code.name, "seconds": round(seconds, 4)}
-        if self._reason:
-            extra["reason"] = self._reason
-        log.info("call ended", extra=extra)
-
-    def check(self, request: Message) -> Message:
-        """Takes the request's id and returns the request.
-
-        Raises Refusal if a field is beyond its bounds or the server is draining.
-        """
-        if given := _given_id(request):
-            self.id = given
-            REQUEST_ID.set(given)
-        if self._ours:
-            self.require_open()
-            require(beyond_bounds(request))
-        return request
-
-    def require_open(self) -> None:
-        """Raises Refusal if the server is draining, or too short of memory for the call."""
-        if self._ours and self._gate.draining:
-            raise Refusal(Reason.DRAINING, "the server is shutting down")
-        if self._ours and not self._admitted:  # once: a stream that has begun is not cut
-            self._gate.require_memory(self._method)
-            self._admitted = True
-
-    async def _fail(self, error: BaseException) -> None:
-        """Ends the call with the error's status. Returns only if there is no status to send."""
-        gone = isinstance(error, grpc.aio.InternalError)  # what operations on its call then raise
-        if gone or isinstance(error, asyncio.CancelledError):
-            remaining = self._context.time_remaining()
-            late = remaining is not None and remaining <= _CLOCK_SLACK
-            self._code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
-            if self.stalled:
-                self._reason = Reason.READER_STALLED.name
-            elif late:
-                self._reason = Reason.DEADLINE_EXCEEDED.name
-            if gone:
-                raise asyncio.CancelledError from error
-            return
-        if isinstance(error, grpc.aio.AbortError) or not isinstance(error, Exception):
-            return
-        if not (isinstance(error, Refusal) and error.reason in TABLE):
-            log.error("a handler failed", exc_info=error)
-            error = Refusal(Reason.ENGINE_FAULT, "internal error")
-        self._code = TABLE[error.reason].code
-        self._reason = error.reason.name
-        if error.reason is Reason.QUOTA_EXCEEDED:
-            name = error.subject.name.removeprefix(PRINCIPAL_PREFIX)
-            self._metrics.principals.quota_refused(name, error.field)
-        status = status_of(error, self.id)
-        trailers = trailers_of(status, error, self.id)
-        try:
-            await self._context.abort(self._code, status.message, trailers)
-        except grpc.aio.InternalError as failed:  # the client is gone
-            raise asyncio.CancelledError from failed
-        except grpc.aio.AbortError as aborted:
-            forget_after_call(aborted)
-            raise
-
-
-def _given_id(request: Any) -> str:
-    given = getattr(request, "request_id", "") or getattr(
-        getattr(request, "request", None), "request_id", ""
-    )
-    return given if isinstance(given, str) and is_request_id(given) else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final
 
@@ -41,10 +42,12 @@ class StreamWriter:
         """
         loop = asyncio.get_running_loop()
         closing: list[asyncio.Task[None]] = []
+        # `give_up` is called in the context of any call, the one that has set the timer.
+        own = contextvars.copy_context()
 
         def give_up() -> None:
-            on_stall()
-            closing.append(loop.create_task(events.aclose()))
+            own.run(on_stall)
+            closing.append(loop.create_task(events.aclose(), context=own))
 
         self._ends[give_up] = loop.time() + self._seconds
         if self._timer is None:

@@ -50,11 +50,18 @@ class Admission:
         self._requests = 0
         self._running = 0
         self._waiting_tokens = 0
+        self._waiting_since: dict[Ticket, float] = {}
+        metrics.series.oldest_waiting_request_seconds.set_function(self.oldest_seconds)
 
     @property
     def running(self) -> int:
         """Number of requests that are producing tokens."""
         return self._running
+
+    def oldest_seconds(self) -> float:
+        """How long the oldest waiting request has waited; 0 if none waits. For any thread."""
+        since = min(list(self._waiting_since.values()), default=None)
+        return 0.0 if since is None else time.monotonic() - since
 
     def enter(self, account: str = "") -> Ticket:
         """Takes a place in the queue, a context manager. Raises Refusal(OVERLOADED)."""
@@ -111,6 +118,7 @@ class Ticket:
 
     def __enter__(self) -> Ticket:
         self._admission._count(self._account, 1)
+        self._admission._waiting_since[self] = time.monotonic()
         return self
 
     def wait(self, tokens: int) -> None:
@@ -122,12 +130,14 @@ class Ticket:
 
     def run(self) -> None:
         """Counts the request as running, because its prompt is computed."""
+        self._admission._waiting_since.pop(self, None)
         self._admission._change(running=1)
         self._admission._wait(self._account, -self._tokens)
         self._running = True
         self._tokens = 0
 
     def __exit__(self, *_: object) -> None:
+        self._admission._waiting_since.pop(self, None)
         self._admission._change(running=-int(self._running))
         self._admission._wait(self._account, -self._tokens)
         self._admission._count(self._account, -1)

@@ -25,7 +25,7 @@ from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import Failure, Logprobs, Output, SamplingParams, Submit
 from loraplex_server.fair_weights import account_of
-from loraplex_server.logs import REQUEST_ID
+from loraplex_server.logs import REQUEST_ID, note
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.texts import end_tokens
@@ -50,6 +50,7 @@ from loraplex_server.rpc.services.resolve import (
     room_beside,
     unmixable,
 )
+from loraplex_server.rpc.services.timing import GenerationTimes
 
 DEFAULT_MAX_NEW_TOKENS: Final = 256
 
@@ -113,7 +114,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         streaming: bool = False,
     ) -> AsyncGenerator[_Event, None]:
         field_path = "request." if streaming else ""
-        clock = _Clock(self.metrics)
+        base = self.engine.hello.model.name
+        times = GenerationTimes(self.metrics, request, base, streaming)
         principal, deadline = caller(), admitted_deadline(context.time_remaining())
         with counted(self.metrics.principals, principal.name, deadline):
             require(validate.generate(request, self.bounds, field_path))
@@ -141,12 +143,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     allowance=allowance,
                 )
                 with self.metrics.generation(call.names):
-                    async with aclosing(self._run(call, ticket, clock)) as events:
+                    async with aclosing(self._run(call, ticket, times)) as events:
                         async for event in events:
                             yield event
 
     async def _run(
-        self, call: _Call, ticket: Ticket, clock: _Clock
+        self, call: _Call, ticket: Ticket, times: GenerationTimes
     ) -> AsyncGenerator[_Event, None]:
         request_id = next(self.ids)
         completion = self._completion(call)
@@ -154,6 +156,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         try:
             started, begun = self._started(call), False
             not_before = 0.0
+            times.submit(records(call.adapters))
             outputs = self.engine.submit(call.submit(request_id, self.bounds))
             while taken := await outputs.take(not_before):
                 for batch in slices(taken):
@@ -166,13 +169,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                             completion.base_tokens = output.base_tokens
                             completion.cached_tokens = output.cached_tokens
                             self._begin(call, ticket, output)
+                            times.start(output)
                             yield started
                     piece = completion.take(batch)
-                    clock.tokens(len(piece.token_ids))
+                    times.tokens(len(piece.token_ids))
                     call.allowance.generated(len(piece.token_ids))
                     if piece.token_ids or piece.text:
                         yield await self._delta(piece)
                     if piece.finish:
+                        times.finish(piece.finish)
                         # Frees the rows now, without waiting for the client to read the message.
                         self.engine.abort(request_id)
                         code = grpc.StatusCode.OK
@@ -196,6 +201,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             self.engine.abort(request_id)
             self.metrics.generation_ended(call.names, code.name, completion.tokens)
             self.metrics.principals.used(call.principal.name, "completion", completion.tokens)
+            times.end(len(call.prompt), completion.tokens)
 
     def _completion(self, call: _Call) -> CompletionBuilder:
         request = call.request
@@ -211,6 +217,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             adapters = await resolve(request, self.registry, principal)
         except Refusal as error:
             raise for_client(error, _subject(request), field) from error
+        if adapters:
+            note(digest=",".join(each.adapter.record.digest for each in adapters))
         if text := unmixable(adapters):
             reason = Reason.ADAPTER_NOT_MIXABLE
             raise Refusal(reason, text, problems=[Problem(field, text)])
@@ -246,7 +254,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Records that the prompt of a request is computed."""
         ticket.run()
         call.allowance.begin()
-        self.metrics.series.queue_wait_seconds.observe(output.queue_seconds)
         self.metrics.generation_started(call.names, len(call.prompt), output.cached_tokens)
         self.metrics.principals.used(call.principal.name, "prompt", len(call.prompt))
 
@@ -338,27 +345,8 @@ class _Call:
             principal=self.principal.name,
             weight=self.principal.weight,
             cache_salt=cache_salt(self.principal, request.cache_salt),
+            request_id=REQUEST_ID.get(),
         )
-
-
-class _Clock:
-    """Measures the times of tokens since the call's arrival."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._last = time.monotonic()
-        self._first = True
-
-    def tokens(self, count: int) -> None:
-        if not count:
-            return
-        now = time.monotonic()
-        if self._first:
-            self._metrics.series.time_to_first_token_seconds.observe(now - self._last)
-            self._first = False
-        else:
-            self._metrics.series.inter_token_latency_seconds.observe((now - self._last) / count)
-        self._last = now
 
 
 def _sampling(wire: generation_pb2.SamplingParams) -> SamplingParams:
