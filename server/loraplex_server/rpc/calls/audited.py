@@ -60,9 +60,7 @@ def about_reply(reply: Message) -> dict[str, Any]:
 
 def _parts(request: Message) -> list[Message]:
     fields = request.DESCRIPTOR.fields_by_name
-    return [
-        getattr(request, part) for part in _PARTS if part in fields and request.HasField(part)
-    ]
+    return [getattr(request, part) for part in _PARTS if part in fields and request.HasField(part)]
 
 
 def _labels(value: Any) -> Any:
