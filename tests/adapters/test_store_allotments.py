@@ -134,8 +134,7 @@ def test_registrations_at_the_same_time_do_not_exceed_it(
                     f"a{number}", sources[number % 4], BASE, labels=SEARCH, allotment=three
                 )
             except Refusal as error:
-                assert error.reason is Reason.QUOTA_EXCEEDED
-                return False
+                return error.reason is not Reason.QUOTA_EXCEEDED
         return True
 
     with Store(tmp_path / "store", url) as store, ThreadPoolExecutor(6) as threads:

@@ -30,9 +30,14 @@ def test_a_point_without_an_action_reads_one_global_and_calls_nothing() -> None:
 
 def test_an_action_is_there_within_its_context_only() -> None:
     seen: list[str] = []
-    with pytest.raises(OSError, match="injected"), injected(seen.append):
-        reach("one")
-        raise OSError("injected")
+
+    def inside() -> None:
+        with injected(seen.append):
+            reach("one")
+            raise OSError("injected")
+
+    with pytest.raises(OSError, match="injected"):
+        inside()
     reach("two")
     assert seen == ["one"]
     assert faults._action is None

@@ -11,7 +11,7 @@ import pytest
 from loraplex_adapters.store import LabelSelector
 from loraplex_server.access.principals import EVERYBODY, Principal, PrincipalLimits, set_caller
 from loraplex_server.access.roles import ALL_ROLES
-from loraplex_server.rpc.calls import interceptor
+from loraplex_server.rpc.calls import call
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Acting:
 def acting(patch: pytest.MonkeyPatch) -> Acting:
     """Replaces how the server finds out who calls."""
     who = Acting()
-    patch.setattr(interceptor, "set_caller", lambda _: set_caller(who.principal))
+    patch.setattr(call, "set_caller", lambda _: set_caller(who.principal))
     return who
 
 

@@ -341,7 +341,9 @@ async def test_a_trained_adapter_is_checked_when_it_is_ordered_and_when_it_is_de
 ) -> None:
     one = limited(adapters=1)
     async with training(tmp_path) as trains:
-        trains.up.server.principals = lambda: {"search": one}
+        jobs = trains.up.server._training
+        assert jobs is not None
+        jobs._destination._principals = lambda: {"search": one}  # type: ignore[attr-defined]
         with who.as_(one):
             made = trains.adapter(3)
             job = await trains.create("step 1", "hold", f"publish {made}", name="trained")

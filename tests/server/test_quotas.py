@@ -40,6 +40,13 @@ def refused(use: Any, *args: Any) -> Refusal:
     return caught.value
 
 
+def spend(place: Allowance, error: BaseException, prompt: int) -> None:
+    """A request that takes its prompt's tokens and then ends with an error."""
+    allowance = place.__enter__()
+    allowance.prompt(prompt)
+    allowance.__exit__(type(error), error, None)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 1 << 30),
@@ -131,9 +138,7 @@ def test_a_prompt_beyond_a_whole_minute_is_refused_without_a_time() -> None:
 @pytest.mark.parametrize("reason", list(Reason), ids=lambda reason: reason.name)
 def test_a_request_that_nothing_was_computed_of_costs_nothing(reason: Reason) -> None:
     limited, of = quotas(), principal(requests_per_minute=1, tokens_per_minute=50)
-    with pytest.raises(Refusal), limited.enter(of) as allowance:
-        allowance.prompt(50)
-        raise Refusal(reason, "x")
+    spend(limited.enter(of), Refusal(reason, "x"), prompt=50)
     if reason in UNCOMPUTED:
         with limited.enter(of) as allowance:
             allowance.prompt(50)
@@ -147,12 +152,12 @@ def test_a_request_that_ends_early_frees_its_place_and_pays_for_what_was_produce
 ) -> None:
     of = principal(concurrent_requests=1, tokens_per_minute=100, queue_share=0.01)
     limited = quotas()
-    with pytest.raises(type(error)), limited.enter(of) as allowance:
-        allowance.prompt(30)
-        allowance.begin()
-        allowance.generated(7)
-        assert refused(limited.enter, of).field == "concurrent_requests"
-        raise error
+    allowance = limited.enter(of).__enter__()
+    allowance.prompt(30)
+    allowance.begin()
+    allowance.generated(7)
+    assert refused(limited.enter, of).field == "concurrent_requests"
+    allowance.__exit__(type(error), error, None)
     with limited.enter(of) as allowance:
         assert refused(allowance.prompt, 64).field == "tokens_per_minute"
         allowance.prompt(63)
@@ -160,9 +165,10 @@ def test_a_request_that_ends_early_frees_its_place_and_pays_for_what_was_produce
 
 def test_an_engine_that_is_lost_after_the_begin_gives_nothing_back() -> None:
     limited, of = quotas(), principal(requests_per_minute=1)
-    with pytest.raises(Refusal), limited.enter(of) as allowance:
-        allowance.begin()
-        raise Refusal(Reason.ENGINE_RESTARTED, "x")
+    allowance = limited.enter(of).__enter__()
+    allowance.begin()
+    error = Refusal(Reason.ENGINE_RESTARTED, "x")
+    allowance.__exit__(Refusal, error, None)
     assert refused(limited.enter, of).field == "requests_per_minute"
 
 

@@ -351,8 +351,9 @@ class Store:
         """
         with self.uploads.reading(upload_id, owner, remove=True) as source:
             terms = (name, source, base, limits, replace, labels)
-            more = {"expected_digest": expected_digest, "text": text, "seen": seen}
-            return self.register(*terms, **more, allotment=allotment)
+            return self.register(
+                *terms, expected_digest=expected_digest, text=text, seen=seen, allotment=allotment
+            )
 
     def path(self, digest: str) -> Path:
         """The directory of an adapter's files. Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND."""

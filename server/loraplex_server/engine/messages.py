@@ -29,8 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 class AdapterRef(msgspec.Struct, frozen=True):
     """An adapter by its digest, the directory of its files, and the weight to apply.
 
-    The digest of a copy that only some callers use is followed by their name (`held_by`): the
-    engine loads, uses and evicts it apart from the adapter of the same files that others use.
+    The digest of a copy that only some callers use ends with their name (`held_by`): it is apart.
     """
 
     digest: str
@@ -60,7 +59,7 @@ def holder_of(digest: str) -> str:
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    """A new request, answered by `Output`s; the last has a finish or an error.
+    """A new request, `request_id` in logs. The last of its `Output`s has a finish or an error.
 
     `stop_token_ids` includes the EOS ids unless they are to be ignored. `logprobs` and
     `prompt_logprobs` are numbers of alternatives to report; None reports no log-probabilities.

@@ -82,11 +82,7 @@ class Index:
                 assert found is not None
                 return found, False
             if current is not None and not replace:
-                message = f"{name} already names other content ({current.digest})"
-                if same_content:
-                    message = f"{name} has this content with another chat template or end tokens"
-                message += "; replace it or use another name"
-                raise Refusal(Reason.ADAPTER_CONFLICT, message, name)
+                raise _taken(current, same_content)
             if allotment is not None:
                 require_room(connection, allotment, name, labels, spec.size_bytes)
             place()
@@ -275,6 +271,14 @@ def _add_version(connection: sa.Connection, name: str, spec: CheckedAdapter, bas
         )
     )
     return version
+
+
+def _taken(current: sa.Row[Any], same_content: bool) -> Refusal:
+    message = f"{current.name} already names other content ({current.digest})"
+    if same_content:
+        message = f"{current.name} has this content with another chat template or end tokens"
+    message += "; replace it or use another name"
+    return Refusal(Reason.ADAPTER_CONFLICT, message, current.name)
 
 
 def _has_text(row: sa.Row[Any], text: VersionText) -> bool:
