@@ -31,7 +31,7 @@ FUZZ_SECONDS ?= 20
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prometheus demo serve train-adapter test test-seams test-field test-families test-real test-sanitized test-triton test-gpu fuzz lint house proto \
+.PHONY: help setup model prometheus demo serve train-adapter test test-seams test-field test-families check-deploy deploy-rules test-real test-sanitized test-triton test-gpu fuzz lint house proto \
         bench bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
         lock clean distclean
 
@@ -90,6 +90,12 @@ test-field: setup model ## Try templates, adapters and data of other programs on
 
 test-families: setup ## Compare every family of base models, from each form of checkpoint, with transformers (about 2 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/family_tests.py $(ARGS)
+
+check-deploy: setup ## Check the overlays, compose files and units, and restart two servers on one store under load (under 3 minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_deploy.py $(ARGS)
+
+deploy-rules: ## Write the Prometheus operator's rules from deploy/prometheus/alerts.yml
+	@$(PYTHON) scripts/prometheus_rule.py
 
 test-real: setup ## Compare a published checkpoint with transformers (fetches Gemma 3 270M, 253 MB, once; Gemma Terms of Use)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/family_tests.py --real $(ARGS)
