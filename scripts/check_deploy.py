@@ -29,7 +29,7 @@ FILES = ("dockerfile", "orchestration", "custom_objects", "compose", "systemd", 
 UNCHECKED = (
     "that the Dockerfile builds, and that its images start: no container engine",
     "that a cluster accepts the objects, schedules, probes and scales: no cluster",
-    "that Prometheus' and KEDA's operators, cert-manager and the endpoint picker do what is asked of them",
+    "that the operators of Prometheus and KEDA, cert-manager and the endpoint picker do their part",
     "that systemd starts the unit: its files are verified, not loaded",
     "anything on a GPU",
 )
@@ -48,7 +48,9 @@ def run(arguments: Sequence[str]) -> list[ET.Element]:
 def figures(cases: Sequence[ET.Element]) -> dict[str, Any]:
     """The figures of a run, from its test cases."""
     noted = {
-        item.get("name", ""): item.get("value", "") for case in cases for item in case.iter("property")
+        item.get("name", ""): item.get("value", "")
+        for case in cases
+        for item in case.iter("property")
     }
     rendered = {
         case.get("name", "").partition("[")[2].rstrip("]")

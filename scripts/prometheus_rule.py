@@ -3,9 +3,9 @@
 
     python scripts/prometheus_rule.py [--check]
 
-deploy/prometheus/alerts.yml is the source; the object in deploy/kubernetes has the same groups. With
-`--check` nothing is written, and the exit code is 1 if the object is not what would be written.
-Needs the standard library only.
+deploy/prometheus/alerts.yml is the source; the object in deploy/kubernetes has the same groups.
+With `--check` nothing is written, and the exit code is 1 if the object differs from what would be
+written. Needs the standard library only.
 """
 
 from __future__ import annotations

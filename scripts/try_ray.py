@@ -3,11 +3,12 @@
 
     python scripts/try_ray.py --ray PYTHON [--requests 400]
 
-Starts it with two replicas, each with a server over the tests' oracle, on one store and one PostgreSQL.
-Compares every answer with the oracle's, and counts how often a replica had to load an adapter for a
-request, where the adapters fit on both replicas together but not on one. Then the same requests go to
-the same servers in turn, without Ray. PYTHON is the interpreter of an environment with `ray[serve]` and
-this repository's client. The last line of output is one JSON object; exit code 1 if an answer was wrong.
+Starts it with two replicas, each with a server over the tests' oracle, on one store and one
+PostgreSQL. Compares every answer with the oracle's, and counts how often a replica had to load an
+adapter for a request, where the adapters fit on both replicas together but not on one. Then the
+same requests go to the same servers in turn, without Ray. PYTHON is the interpreter of an
+environment with `ray[serve]` and what this repository's client needs. The last line of output is
+one JSON object; exit code 1 if an answer was wrong.
 """
 
 from __future__ import annotations
@@ -28,15 +29,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests")]
-
 import psutil
 import yaml
 from adapters.postgres import new_database
 from loraplex import AdapterNotFound, Client, LoraplexError
 from rpc.harness import expected, series, write_adapter
 from server.test_process import PATH, write_config
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ADAPTERS, CLIENTS, NEW = 8, 8, 8
 ROOM = 5
@@ -123,11 +123,9 @@ def loads(admins: Sequence[str]) -> int:
 
 def requests(count: int) -> list[Asked]:
     """Requests for all adapters in a random order, the same each time."""
-    chance = random.Random(1)
+    chance = random.Random(1)  # noqa: S311 - no secret
     return [
-        Asked(
-            tuple(chance.randrange(20, 380) for _ in range(6)), f"a{chance.randrange(ADAPTERS)}"
-        )
+        Asked(tuple(chance.randrange(20, 380) for _ in range(6)), f"a{chance.randrange(ADAPTERS)}")
         for _ in range(count)
     ]
 
@@ -142,7 +140,9 @@ def ask(client: Client, asked: Asked, digests: dict[str, str]) -> bool:
 def drive(client: Client, asked: Sequence[Asked], digests: dict[str, str]) -> int:
     """Sends requests from several threads; returns the number of wrong answers."""
     with ThreadPoolExecutor(CLIENTS) as threads:
-        return sum(not right for right in threads.map(lambda each: ask(client, each, digests), asked))
+        return sum(
+            not right for right in threads.map(lambda each: ask(client, each, digests), asked)
+        )
 
 
 def wait_until_serving(client: Client) -> None:
@@ -219,7 +219,8 @@ def main() -> int:
     }
     print(f"{'':24}{'with Ray':>10}{'in turn':>10}")
     print(f"{'loads':24}{with_ray:>10}{in_turn:>10}")
-    print(f"{'share with the adapter':24}{figures['had_adapter']:>10}{figures['had_adapter_in_turn']:>10}")
+    shares = [figures["had_adapter"], figures["had_adapter_in_turn"]]
+    print(f"{'share with the adapter':24}{shares[0]:>10}{shares[1]:>10}")
     print(json.dumps(figures))
     return int(bool(wrong) or len(found) != 2)
 

@@ -1,11 +1,11 @@
-"""Loraplex as an application of Ray Serve: servers as replicas, requests sent where their adapter is.
+"""Loraplex as an application of Ray Serve: requests are sent to a server that has their adapter.
 
     serve run deploy/ray/serve.yaml
 
-Every replica of `Servers` runs a Loraplex server as a process of its own. `Ingress` has the methods of
-the RPCs, and gives each request to a replica that holds its adapter, as far as Ray knows one with room.
-Uploads and watches are not offered: Ray's proxy does not pass streams of requests on, and a watch would
-see one replica only. The replicas share one adapter store, so they need `LORAPLEX_STORE_URL`.
+Every replica of `Servers` runs a Loraplex server as a process of its own. `Ingress` has the methods
+of the RPCs, and gives each request to a replica that holds its adapter, if Ray knows one with room.
+Uploads and watches are not offered: a watch would see one replica only. The replicas share one
+adapter store, so they need `LORAPLEX_STORE_URL`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from loraplex.v1 import (
     adapter_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
-    model_pb2,
     model_pb2_grpc,
 )
 from ray import serve
@@ -155,7 +154,7 @@ class Servers:
             call.cancel()
 
     async def check_health(self) -> None:
-        """Raises RuntimeError if the server has ended or does not serve, so that Ray replaces it."""
+        """Raises RuntimeError if the server has ended or does not serve: Ray replaces it then."""
         if not self._server.is_running():
             raise RuntimeError("the server has ended")
         reply = await self._stub("health").Check(health_pb2.HealthCheckRequest(), timeout=5)
@@ -196,6 +195,7 @@ class Ingress:
                 message.set_on(grpc_context)
             else:
                 yield message
+
 
 FORWARDED = {
     "RegisterAdapter": adapter_pb2.RegisterAdapterResponse,

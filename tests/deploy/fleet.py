@@ -1,4 +1,4 @@
-"""Several server processes on one adapter store and one PostgreSQL index, and a load on all of them."""
+"""Several server processes on one store and one PostgreSQL index, and a load on all of them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from server.test_process import PATH, Process, write_config
 
 STEP_SECONDS = 0.005
 DRAIN_SECONDS = 30.0
-LONG = 200
-"""Tokens of a stream that lasts about a second, and with it a drain."""
+LONG = 1000
+"""Tokens of a stream that lasts five seconds or more, and with it a drain. In that time a client
+that goes on calling the draining server uses up its retries."""
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -138,16 +139,16 @@ class Outcome:
 
 
 class Load:
-    """Clients that generate, one call after the other each, and compare every answer."""
+    """Threads that share a client, generate one call after the other, and compare every answer."""
 
-    def __init__(self, target: str, adapters: list[str], clients: int = 6, streams: float = 0.5):
-        self._target = target
+    def __init__(self, target: str, adapters: list[str], threads: int = 24, streams: float = 0.3):
+        self._client = Client(target, timeout=60.0)
         self._adapters = adapters
         self._streams = streams
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self.outcome = Outcome()
-        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(clients)]
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(threads)]
         for thread in self._threads:
             thread.start()
 
@@ -156,19 +157,20 @@ class Load:
         self._stop.set()
         for thread in self._threads:
             thread.join()
+        self._client.close()
         return self.outcome
 
     def _run(self, seed: int) -> None:
         own, chance = Outcome(), random.Random(seed)
-        with Client(self._target, timeout=60.0) as client:
-            while not self._stop.is_set():
-                self._call(client, chance, own)
+        while not self._stop.is_set():
+            self._call(chance, own)
         with self._lock:
             self.outcome.add(own)
 
-    def _call(self, client: Client, chance: random.Random, own: Outcome) -> None:
-        prompt = [chance.randrange(20, 380) for _ in range(chance.randrange(1, 20))]
-        count = chance.randrange(1, 40)
+    def _call(self, chance: random.Random, own: Outcome) -> None:
+        prompt = [chance.randrange(20, 380) for _ in range(chance.randrange(1, 4))]
+        # Short calls: while a server drains, many are begun.
+        count = chance.randrange(1, 4)
         adapter = chance.choice(self._adapters)
         options = {
             "token_ids": prompt, "adapter": adapter or None, "max_new_tokens": count,
@@ -177,9 +179,9 @@ class Load:
         is_stream = chance.random() < self._streams
         try:
             if is_stream:
-                made = client.stream(**options).completion()
+                made = self._client.stream(**options).completion()
             else:
-                made = client.generate(**options)
+                made = self._client.generate(**options)
         except LoraplexError as error:
             own.lost.append(f"{'stream' if is_stream else 'completion'}: {error!r} {error.code}")
             return

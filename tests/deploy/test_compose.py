@@ -1,11 +1,15 @@
 """The compose files fit the image and the server's configuration.
 
-No container engine is at hand: the files are merged and checked against the code, not started.
+No container engine is at hand: compose merges the files, and they are compared with the code.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,41 @@ Loader.add_constructor("!override", lambda loader, node: loader.construct_sequen
 
 def load(name: str) -> dict[str, Any]:
     return yaml.load((DEPLOY / name).read_text(), Loader)
+
+
+def merged(*names: str, profile: str) -> dict[str, Any]:
+    """What compose makes of the files; skips the test if it is not installed."""
+    program = shutil.which("docker-compose")
+    if program is None:
+        pytest.skip("docker-compose is not installed, so the files cannot be merged")
+    files = [word for name in names for word in ("--file", str(DEPLOY / name))]
+    done = subprocess.run(
+        [program, *files, "--profile", profile, "config", "--format=json"],
+        env={**os.environ, "GRAFANA_PASSWORD": "x"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "level=warning" not in done.stderr, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_compose_reads_the_files_as_they_are_meant(profile: str) -> None:
+    name = PROFILES[profile]
+    plain = merged("compose.yaml", profile=profile)
+    assert set(plain["services"]) == {name, "prometheus", "grafana"}
+    (port,) = plain["services"][name]["ports"]
+    assert port["host_ip"] == "127.0.0.1"
+    checked = merged("compose.yaml", "compose.access.yaml", profile=profile)
+    server = checked["services"][name]
+    (port,) = server["ports"]
+    assert "host_ip" not in port
+    assert port["published"] == "50051"
+    given = {secret["source"] for secret in server["secrets"]}
+    assert given == set(checked["secrets"])
+    environment = {**plain["services"][name]["environment"], **server["environment"]}
+    assert environment == server["environment"], "what is not replaced stays"
+    assert server["read_only"]
 
 
 @pytest.fixture(scope="module")

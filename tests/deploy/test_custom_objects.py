@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
-from deploy import exposition
 from deploy.dashboard import DASHBOARD, ROOT
 from deploy.manifests import FOLDERS, Rendered, render
+
+from deploy import exposition
 
 Object = dict[str, Any]
 
@@ -82,10 +83,13 @@ def test_certificates_make_the_secrets_that_pods_mount() -> None:
     for rendered, made in all_of("Certificate"):
         assert made["apiVersion"] == "cert-manager.io/v1"
         spec = made["spec"]
-        volumes = [v["name"] for v in rendered.pod["volumes"] if v.get("secret", {}).get("secretName") == spec["secretName"]]
-        assert len(volumes) == 1
+        mounted = {
+            volume["secret"]["secretName"]: volume["name"]
+            for volume in rendered.pod["volumes"]
+            if "secret" in volume
+        }
         assert spec["issuerRef"] == {"name": "loraplex-ca", "kind": "Issuer"}
-        used_by_probes = volumes == ["probe"]
+        used_by_probes = mounted[spec["secretName"]] == "probe"
         assert spec["usages"] == (["client auth"] if used_by_probes else ["server auth"])
         if used_by_probes:
             assert spec["commonName"]
@@ -115,7 +119,9 @@ def test_the_pool_is_of_the_servers_and_its_picker_is_there() -> None:
 
 def test_the_picker_reads_the_configuration_that_it_is_given_and_the_metrics_that_exist() -> None:
     for rendered, pool in all_of("InferencePool"):
-        pod = rendered.get("Deployment", pool["spec"]["endpointPickerRef"]["name"])["spec"]["template"]
+        pod = rendered.get("Deployment", pool["spec"]["endpointPickerRef"]["name"])["spec"][
+            "template"
+        ]
         (container,) = pod["spec"]["containers"]
         flags = dict(flag.removeprefix("--").split("=", 1) for flag in container["args"])
         assert flags["pool-name"] == pool["metadata"]["name"]

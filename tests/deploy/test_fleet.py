@@ -88,7 +88,7 @@ def test_what_is_replaced_moved_or_deleted_on_one_server_is_so_on_the_other(two:
 
 def test_calls_are_spread_over_both_servers(two: Fleet) -> None:
     before = [replica.metric("requests_total") for replica in two.replicas]
-    load = Load(two.target, [""], clients=2)
+    load = Load(two.target, [""], threads=2)
     for replica, count in zip(two.replicas, before, strict=True):
         until(lambda replica=replica, count=count: replica.metric("requests_total") > count + 10)
     outcome = load.end()

@@ -24,7 +24,14 @@ from pydantic import SecretStr, TypeAdapter
 VERSION = "1.34"
 """Version of Kubernetes with whose schemas the objects are compared."""
 
-CORE_GROUPS = {"", "apps", "autoscaling", "networking.k8s.io", "policy", "rbac.authorization.k8s.io"}
+CORE_GROUPS = {
+    "",
+    "apps",
+    "autoscaling",
+    "networking.k8s.io",
+    "policy",
+    "rbac.authorization.k8s.io",
+}
 """Groups of the objects that Kubernetes has itself; the others have tests of their own."""
 
 WITH_TESTS = {"Certificate", "InferencePool", "PodMonitor", "PrometheusRule", "ScaledObject"}
@@ -124,7 +131,9 @@ def test_a_pod_has_time_to_drain(rendered: Rendered) -> None:
 def test_probes_ask_the_grpc_port_in_a_way_that_it_answers(rendered: Rendered) -> None:
     ports = {port["name"]: port["containerPort"] for port in rendered.server["ports"]}
     secure = "LORAPLEX_TLS_CERTIFICATE" in rendered.configured
-    probes = {name: rendered.server[f"{name}Probe"] for name in ("startup", "readiness", "liveness")}
+    probes = {
+        name: rendered.server[f"{name}Probe"] for name in ("startup", "readiness", "liveness")
+    }
     for probe in probes.values():
         if secure:  # the kubelet's own probes do not speak TLS
             assert "grpc" not in probe
@@ -134,7 +143,9 @@ def test_probes_ask_the_grpc_port_in_a_way_that_it_answers(rendered: Rendered) -
         else:
             assert probe["grpc"]["port"] == ports["grpc"]
     assert {str(port) for port in ports.values()} == set(last(stages()["cpu"], "EXPOSE").split())
-    patience = {name: probe["periodSeconds"] * probe["failureThreshold"] for name, probe in probes.items()}
+    patience = {
+        name: probe["periodSeconds"] * probe["failureThreshold"] for name, probe in probes.items()
+    }
     assert patience["startup"] >= 1200, "the first start with a large model"
     assert patience["liveness"] >= 300, "the server replaces a lost engine itself"
     assert patience["readiness"] <= 20
@@ -284,6 +295,8 @@ def test_every_file_is_rendered_somewhere() -> None:
     in_overlays = {
         (KUBERNETES / folder / name).resolve()
         for folder in FOLDERS[1:]
-        for name in yaml.safe_load((KUBERNETES / folder / "kustomization.yaml").read_text())["components"]
+        for name in yaml.safe_load((KUBERNETES / folder / "kustomization.yaml").read_text())[
+            "components"
+        ]
     }
     assert used == in_overlays, "a component that no overlay renders is not tested"

@@ -24,7 +24,7 @@ UNIT = FOLDER / "loraplex-server.service"
 DROP_INS = sorted((FOLDER / "loraplex-server.service.d").iterdir())
 
 MOST_EXPOSED = 20
-"""Highest exposure, in tenths, that `systemd-analyze security` may find: 0 is none, 100 the most."""
+"""Highest exposure that `systemd-analyze security` may find, in tenths: 0 is none, 100 the most."""
 
 
 def entries(*files: Path) -> dict[str, list[str]]:

@@ -17,9 +17,8 @@ from grpc_health.v1 import health_pb2
 from loraplex_model.base.refusal import Reason, Refusal
 
 MAX_HEALTH_WATCHERS: Final = 8
-"""Most watches on one connection. Clients that balance over several servers hold one on each of their
-connections, for as long as these last; so there is no bound on all of them together but that on
-connections."""
+"""Most watches on one connection. Clients of several servers hold one on each of their connections,
+for as long as these last, so all of them together are bounded by the number of connections only."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Response = health_pb2.HealthCheckResponse
