@@ -14,6 +14,7 @@ one JSON object; exit code 1 if an answer was wrong.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import random
@@ -42,7 +43,7 @@ ADAPTERS, CLIENTS, NEW = 8, 8, 8
 ROOM = 5
 """Adapters that fit on one replica."""
 
-START_SECONDS = 300.0
+START_SECONDS = 180.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def addresses(process: psutil.Process) -> tuple[str, str]:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5):
                 (other,) = ports - {port}
                 return f"127.0.0.1:{other}", f"127.0.0.1:{port}"
-        except OSError:
+        except (OSError, http.client.HTTPException):
             continue
     raise RuntimeError(f"process {process.pid} serves no metrics")
 

@@ -238,4 +238,6 @@ def build(arguments: Mapping[str, Any]) -> Any:
     servers = Servers.options(num_replicas=int(arguments.get("replicas", 2))).bind(
         arguments.get("command"), arguments.get("environment")
     )
-    return serve.deployment(max_ongoing_requests=1024)(Ingress).bind(servers)
+    # It only passes messages on, so it asks for no core of its own.
+    ingress = serve.deployment(max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0})
+    return ingress(Ingress).bind(servers)

@@ -27,6 +27,10 @@ MOST_EXPOSED = 20
 """Highest exposure that `systemd-analyze security` may find, in tenths: 0 is none, 100 the most."""
 
 
+def named(files: list[Path]) -> str:
+    return "+".join(file.name.partition(".")[0] for file in files) or "unit"
+
+
 def entries(*files: Path) -> dict[str, list[str]]:
     """The values of each key of the section Service, in order."""
     found: dict[str, list[str]] = defaultdict(list)
@@ -69,7 +73,7 @@ def analyze() -> str:
     return program
 
 
-@pytest.mark.parametrize("drop_ins", [[], *([each] for each in DROP_INS), DROP_INS], ids=str)
+@pytest.mark.parametrize("drop_ins", [[], *([each] for each in DROP_INS), DROP_INS], ids=named)
 def test_systemd_finds_nothing_wrong(analyze: str, tmp_path: Path, drop_ins: list[Path]) -> None:
     unit = installed(tmp_path, *drop_ins)
     done = subprocess.run(
@@ -110,7 +114,7 @@ def test_the_unit_starts_a_program_of_the_package_that_notifies() -> None:
     assert found["Type"] == ["notify"]
 
 
-@pytest.mark.parametrize("drop_ins", [[], *([each] for each in DROP_INS)], ids=str)
+@pytest.mark.parametrize("drop_ins", [[], *([each] for each in DROP_INS)], ids=named)
 def test_every_setting_exists_and_is_valid(drop_ins: list[Path]) -> None:
     settings = settings_of(variables(UNIT, *drop_ins))
     assert settings.keys() <= Config.model_fields.keys()
