@@ -18,6 +18,7 @@ import http.client
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
@@ -71,9 +73,13 @@ def application(python: str, folder: Path, config: Path, index: str) -> Iterator
     environment = {
         **os.environ,
         "PYTHONPATH": path,
+        "LORAPLEX_RAY_ADAPTERS": str(ADAPTERS // 2),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",  # else Ray writes a token into the home directory
+        "RAY_raylet_start_wait_time_s": "120",
         "RAY_TMPDIR": tempfile.mkdtemp(prefix="ray-"),
     }
+    temporary = environment["RAY_TMPDIR"]  # short, since it holds sockets
     program = str(Path(python).with_name("serve"))
     with (folder / "ray.log").open("wb") as log:
         process = subprocess.Popen(
@@ -87,6 +93,7 @@ def application(python: str, folder: Path, config: Path, index: str) -> Iterator
             process.wait(120)
         except subprocess.TimeoutExpired:
             process.kill()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def servers(config: Path) -> list[psutil.Process]:
@@ -132,9 +139,18 @@ def requests(count: int) -> list[Asked]:
 
 
 def ask(client: Client, asked: Asked, digests: dict[str, str]) -> bool:
-    """Whether the answer is the oracle's."""
-    options = {"max_new_tokens": NEW, "temperature": 0.0, "ignore_eos": True}
-    made = client.generate(token_ids=list(asked.prompt), adapter=asked.adapter, **options)
+    """Whether the answer, of a stream for every other prompt, is the oracle's."""
+    options: dict[str, Any] = {
+        "token_ids": list(asked.prompt),
+        "adapter": asked.adapter,
+        "max_new_tokens": NEW,
+        "temperature": 0.0,
+        "ignore_eos": True,
+    }
+    if sum(asked.prompt) % 2:
+        made = client.stream(**options).completion()
+    else:
+        made = client.generate(**options)
     return list(made.token_ids) == expected(list(asked.prompt), NEW, digests[asked.adapter])
 
 

@@ -29,8 +29,9 @@ from loraplex.v1 import (
 )
 from ray import serve
 
-PLACES = 32
-"""Adapters that Ray remembers for a replica: about as many as fit on its device."""
+PLACES = int(os.environ.get("LORAPLEX_RAY_ADAPTERS", "32"))
+"""Adapters that Ray remembers for a replica: as many as fit on its device. If it is larger, Ray
+takes each replica for one that has every adapter."""
 
 STOP_SECONDS = 60.0
 """Longest end of a server: its drain and what a shutdown may take beyond it."""
