@@ -3,10 +3,11 @@
 #   docker build --target cuda -t loraplex:cuda .
 #   docker build --target cpu  -t loraplex:cpu --build-arg PIP_EXTRA_INDEX_URL=<index of torch CPU wheels> .
 # Without that index the CPU image works too, but carries the CUDA libraries that the default torch
-# wheel brings along. For a reproducible image pin the base by digest:
-#   --build-arg PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:<digest>
-# Nothing in this release checks who calls, so the server listens on its own loopback until it is told
-# otherwise. Publish it on the host's loopback only, or behind something that authenticates:
+# wheel brings along. The base is named by its tag, because its digest could not be looked up where this was
+# written. For a reproducible image pin it, and say what was built:
+#   --build-arg PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:<digest> --build-arg REVISION=$(git rev-parse HEAD)
+# The server listens on its own loopback until it is told otherwise. Without principals and TLS publish it on
+# the host's loopback only, or behind something that authenticates (docs/deployment.md#docker):
 #   docker run --read-only --tmpfs /tmp -p 127.0.0.1:50051:50051 -v store:/var/lib/loraplex/store \
 #     -v /path/to/model:/models/base:ro -e LORAPLEX_MODEL=/models/base \
 #     -e LORAPLEX_HOST=0.0.0.0 -e LORAPLEX_INSECURE=true loraplex:cpu
@@ -28,11 +29,13 @@ RUN python -m venv /opt/loraplex
 ENV PATH=/opt/loraplex/bin:$PATH
 WORKDIR /src
 
-# The dependencies change seldom, so they have a layer of their own.
+# The dependencies change seldom, so they have a layer of their own. EXTRAS are those of pyproject.toml;
+# `data`, for Parquet files, adds 170 MB.
+ARG EXTRAS="server postgres train"
 COPY pyproject.toml requirements.lock ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["server"], sep="\n")' > server.txt \
-    && pip install --constraint requirements.lock --requirement server.txt
+    python -c 'import os, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; extras = p["optional-dependencies"]; named = [*p["dependencies"], *(r for name in os.environ["EXTRAS"].split() for r in extras[name])]; print(*(r for r in named if not r.startswith("loraplex[")), sep="\n")' > dependencies.txt \
+    && pip install --constraint requirements.lock --requirement dependencies.txt
 
 COPY README.md LICENSE ./
 COPY client client
@@ -51,11 +54,8 @@ RUN if [ "$WITH_DEFAULT_MODEL" = 1 ]; then \
         python -c 'from pathlib import Path; from loraplex_model.checkpoints.default_model import ensure_default_model; ensure_default_model(Path("/opt/loraplex/models"))'; \
     fi
 
-# --- runtime: no compiler, no pip cache, no root ------------------------------------------------
+# --- runtime: no C++ compiler, no pip cache, no root ---------------------------------------------
 FROM ${PYTHON_IMAGE} AS runtime
-LABEL org.opencontainers.image.title="Loraplex" \
-      org.opencontainers.image.description="One NF4 base model, many LoRA adapters, one batch" \
-      org.opencontainers.image.licenses="Apache-2.0"
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends libgomp1 \
@@ -82,16 +82,32 @@ EXPOSE 50051 9464
 USER 10001:10001
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
     CMD ["loraplex", "health"]
-# Exec form: SIGTERM reaches the server itself, which drains and exits 0.
+# Exec form: SIGTERM reaches the server itself, which drains and exits 0. It also waits for its own child
+# processes, so the image needs no init program.
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["loraplex-server"]
 CMD ["serve"]
+# Last, because a new revision should not build the layers before it again.
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="Loraplex" \
+      org.opencontainers.image.description="One NF4 base model, many LoRA adapters, one batch" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
 
 FROM runtime AS cpu
 COPY --from=build /opt/loraplex /opt/loraplex
 ENV LORAPLEX_DEVICE=cpu
 
 FROM runtime AS cuda
+# Triton builds the code that launches its kernels with a C compiler, at the first start with a GPU.
+USER 0:0
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
 COPY --from=build /opt/loraplex /opt/loraplex
 # Refuses a torch without CUDA at build time, and a machine without a GPU at start.
 RUN ["python", "-c", "import sys, torch; sys.exit(None if torch.version.cuda else 'this torch has no CUDA')"]

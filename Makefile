@@ -31,7 +31,7 @@ FUZZ_SECONDS ?= 20
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prometheus demo serve train-adapter test check-observability test-seams test-security test-field test-families test-real test-sanitized test-triton test-gpu fuzz lint house proto \
+.PHONY: help setup model prometheus demo serve train-adapter test check-observability test-seams test-security test-field test-families check-deploy deploy-rules try-ray test-real test-sanitized test-triton test-gpu fuzz lint house proto \
         bench bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-auth bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
         lock clean distclean
 
@@ -96,6 +96,25 @@ test-field: setup model ## Try templates, adapters and data of other programs on
 
 test-families: setup ## Compare every family of base models, from each form of checkpoint, with transformers (about 2 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/family_tests.py $(ARGS)
+
+check-deploy: setup ## Check the overlays, compose files and units, and restart two servers on one store under load (under 3 minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_deploy.py $(ARGS)
+
+# Ray takes 500 MB, so it has an environment of its own, which needs only the client of this repository.
+RAY := ray[serve]==2.60.0
+RAY_VENV := .venv-ray
+RAY_READY := $(RAY_VENV)/.ready
+
+$(RAY_READY): $(READY)
+	$(PYTHON) -m venv $(RAY_VENV)
+	$(RAY_VENV)/bin/python -m pip install -qq --constraint requirements.lock '$(RAY)' .
+	@touch $@
+
+try-ray: setup $(RAY_READY) ## Try the application for Ray Serve with two replicas on the tests' oracle (installs Ray once)
+	@PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python scripts/try_ray.py --ray $(RAY_VENV)/bin/python $(ARGS)
+
+deploy-rules: ## Write the Prometheus operator's rules from deploy/prometheus/alerts.yml
+	@$(PYTHON) scripts/prometheus_rule.py
 
 test-real: setup ## Compare a published checkpoint with transformers (fetches Gemma 3 270M, 253 MB, once; Gemma Terms of Use)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/family_tests.py --real $(ARGS)
@@ -204,4 +223,4 @@ clean: ## Remove caches and build output, but not the environments and var/
 	find . -path ./$(VENV) -prune -o -path ./$(TRITON_VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
 distclean: clean ## Also remove the environments and var/, including the adapters stored in var/
-	rm -rf $(VENV) $(TRITON_VENV) var
+	rm -rf $(VENV) $(TRITON_VENV) $(RAY_VENV) var

@@ -68,6 +68,23 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_receive_message_length", 64 << 20),
 )
 
+_HEALTH_CHECKED = json.dumps(
+    {**SERVICE_CONFIG, "healthCheckConfig": {"serviceName": "loraplex.v1.GenerationService"}}
+)
+
+
+def options(target: str) -> tuple[tuple[str, Any], ...]:
+    """Returns the options of a channel to `target`.
+
+    A target that may stand for several servers, such as `ipv4:10.0.0.1:50051,10.0.0.2:50051` or
+    `dns:///loraplex:50051`, is watched: calls go to the servers that report to be serving, and so
+    not to one that is about to stop. With a single server this would only hide why it refuses.
+    """
+    if "," in target or target.startswith("dns:"):
+        return (("grpc.service_config", _HEALTH_CHECKED), *OPTIONS[1:])
+    return OPTIONS
+
+
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 
@@ -122,15 +139,15 @@ class CallDefaults:
 
 def connect(target: str, access: ClientAccess) -> grpc.Channel:
     """Returns a channel that connects at its first call, unencrypted without credentials."""
-    options = (*OPTIONS, *access.options)
+    sent = (*options(target), *access.options)
     if access.credentials is None:
-        return grpc.insecure_channel(target, options)
-    return grpc.secure_channel(target, access.credentials, options)
+        return grpc.insecure_channel(target, sent)
+    return grpc.secure_channel(target, access.credentials, sent)
 
 
 def connect_aio(target: str, access: ClientAccess) -> grpc.aio.Channel:
     """Returns a channel of `grpc.aio`, bound to the running event loop."""
-    options = (*OPTIONS, *access.options)
+    sent = (*options(target), *access.options)
     if access.credentials is None:
-        return grpc.aio.insecure_channel(target, options)
-    return grpc.aio.secure_channel(target, access.credentials, options)
+        return grpc.aio.insecure_channel(target, sent)
+    return grpc.aio.secure_channel(target, access.credentials, sent)

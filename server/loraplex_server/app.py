@@ -51,7 +51,7 @@ from loraplex_server.rpc.services.model import ModelService
 from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.training import TrainingService
 from loraplex_server.rpc.transport import server_tls
-from loraplex_server.runtime import parts
+from loraplex_server.runtime import parts, service_manager
 from loraplex_server.runtime.admin import MetricsServer
 from loraplex_server.runtime.ending import CLOSE_SECONDS, unexpected_end
 from loraplex_server.runtime.failures import StartFailure, needed
@@ -345,7 +345,9 @@ async def _serve(config: Config, engine: SpawnedEngine | None) -> ServerExit:
             kill_engine()
             os._exit(128 + number)
         log.info("%s: draining", signal.Signals(number).name)
-        exit_within(config.drain_timeout + EXIT_SECONDS, ServerExit.OK, kill_engine)
+        limit = config.drain_timeout + EXIT_SECONDS
+        exit_within(limit, ServerExit.OK, kill_engine)
+        service_manager.stopping(limit)
         stop.set()
 
     loop = asyncio.get_running_loop()
@@ -386,7 +388,7 @@ async def _serve(config: Config, engine: SpawnedEngine | None) -> ServerExit:
 
 
 def _announce(server: Server, seconds: float) -> None:
-    """Prints that the server is ready."""
+    """Prints that the server is ready, and tells the service manager."""
     model = server.engine.hello.model
     where = f"grpc {server.address} admin {server.admin_address}"
     if server.manage_address is not None:
@@ -394,3 +396,4 @@ def _announce(server: Server, seconds: float) -> None:
     devices = ", ".join(member.device for member in members(server.engine))
     what = f"{model.name} ({model.base.dtype} on {devices})"
     print(f"ready: {where} model {what} in {seconds:.1f} s", flush=True)
+    service_manager.ready()

@@ -83,17 +83,28 @@ async def test_watchers_are_bounded_and_stalled_ones_make_room(
     monkeypatch.setattr("loraplex_server.rpc.services.health.MAX_HEALTH_WATCHERS", 4)
     async with running(tmp_path, write_stall_timeout=1.0) as up, AsyncExitStack() as stack:
         hostile = await stack.enter_async_context(raw_connection(up.server.address, window=0))
-        for _ in range(4):
-            hostile.call(WATCH, b"")
-        await until(lambda: len(up.server._rpc._health) == 4)
-        stub = health_pb2_grpc.HealthStub(up.channel)
-        watch = stub.Watch(health_pb2.HealthCheckRequest())
+        calls = [hostile.call(WATCH, b"") for _ in range(5)]
+        await until(lambda: calls[4] in hostile.ended)  # refused, and the others are kept
+        assert len(up.server._rpc._health) == 4
+        # Nobody else is refused: one who is takes the server for one that does not serve.
+        stubs = []
+        for _ in range(3):
+            options = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
+            channel = grpc.aio.insecure_channel(str(up.server.address), options)
+            stubs.append(health_pb2_grpc.HealthStub(await stack.enter_async_context(channel)))
+        watches = [s.Watch(health_pb2.HealthCheckRequest()) for s in stubs for _ in range(4)]
+        for watch in watches:
+            assert (await watch.read()).status == Status.SERVING
+        refused = stubs[0].Watch(health_pb2.HealthCheckRequest())
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await watch.read()
+            await refused.read()
         assert refusal(caught.value).reason == "OVERLOADED"
-        assert (await stub.Check(health_pb2.HealthCheckRequest())).status == Status.SERVING
+        assert (await stubs[0].Check(health_pb2.HealthCheckRequest())).status == Status.SERVING
+        for watch in watches:
+            watch.cancel()
         await until(lambda: len(up.server._rpc._health) == 0)
-        watch = stub.Watch(health_pb2.HealthCheckRequest())
+        assert not up.server._rpc._health._by_peer
+        watch = stubs[0].Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == Status.SERVING
         watch.cancel()
 

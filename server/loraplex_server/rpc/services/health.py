@@ -8,6 +8,7 @@ assignment, and each watcher is sent the newest state once its last message has 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Final
 
@@ -15,7 +16,9 @@ import grpc
 from grpc_health.v1 import health_pb2
 from loraplex_model.base.refusal import Reason, Refusal
 
-MAX_HEALTH_WATCHERS: Final = 256
+MAX_HEALTH_WATCHERS: Final = 8
+"""Most watches on one connection. Clients of several servers hold one on each of their connections,
+for as long as these last, so all of them together are bounded by the number of connections only."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Response = health_pb2.HealthCheckResponse
@@ -32,6 +35,7 @@ class HealthService:
         self._serving = False
         self._closed = False
         self._watchers: set[asyncio.Event] = set()
+        self._by_peer: Counter[str] = Counter()
 
     def set(self, serving: bool) -> None:
         """Sets the state of every service; ignored once closed."""
@@ -70,11 +74,13 @@ class HealthService:
         A watcher that reads slowly receives the newest state only. Raises Refusal: OVERLOADED,
         DRAINING at the end.
         """
-        if len(self._watchers) >= MAX_HEALTH_WATCHERS:
-            text = f"{len(self._watchers)} calls watch the health already; try again later"
+        peer = context.peer()  # an address and a port, and so a connection
+        if self._by_peer[peer] >= MAX_HEALTH_WATCHERS:
+            text = f"{MAX_HEALTH_WATCHERS} calls on this connection watch the health already"
             raise Refusal(Reason.OVERLOADED, text)
         changed = asyncio.Event()
         self._watchers.add(changed)
+        self._by_peer[peer] += 1
         try:
             sent = None
             while True:
@@ -89,6 +95,9 @@ class HealthService:
                     await changed.wait()
         finally:
             self._watchers.discard(changed)
+            self._by_peer[peer] -= 1
+            if not self._by_peer[peer]:
+                del self._by_peer[peer]
 
     def _status(self, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
         if service not in self._services:
