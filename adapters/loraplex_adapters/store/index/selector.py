@@ -132,6 +132,13 @@ class LabelSelector:
         return ",".join(map(_text, self.terms))
 
 
+EVERYTHING: Final = LabelSelector()
+"""Selects every adapter."""
+
+NOTHING: Final = LabelSelector((Term("none", Operator.IN, ()),))
+"""Selects no adapter: no value is among none. Its text is not one that `parse` reads."""
+
+
 def _term(found: re.Match[str]) -> Term:
     if found["absent"]:
         return Term(found["absent_key"], Operator.ABSENT)
