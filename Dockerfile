@@ -29,12 +29,18 @@ ENV PATH=/opt/loraplex/bin:$PATH
 WORKDIR /src
 
 # The dependencies change seldom, so they have a layer of their own.
-COPY pyproject.toml requirements.lock ./
+COPY requirements.lock requirements.hashes requirements.torch.hashes ./
+# Every file is compared with its hash. Torch from another index, which has files of its own, is taken in the locked
+# version without one: choose an index that you trust.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["server"], sep="\n")' > server.txt \
-    && pip install --constraint requirements.lock --requirement server.txt
+    if [ -n "${PIP_EXTRA_INDEX_URL:-}" ]; then \
+        pip install --no-deps --constraint requirements.lock torch; \
+    else \
+        pip install --require-hashes --no-deps --requirement requirements.torch.hashes; \
+    fi \
+    && env --unset=PIP_EXTRA_INDEX_URL pip install --require-hashes --no-deps --requirement requirements.hashes
 
-COPY README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY model model
 COPY adapters adapters

@@ -20,6 +20,7 @@ from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.engine.process.pulse import BEAT_SECONDS
 from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
+from loraplex_server.runtime.hub import OFFLINE
 from loraplex_server.settings import Settings
 
 
@@ -145,8 +146,12 @@ class Config(Settings):
         }
 
     def trainer_environment(self, outer: Mapping[str, str]) -> dict[str, str]:
-        """Variables for the trainer, which computes where the first of several engines does."""
-        return self.placements[0].environment(outer) if self.placements else {}
+        """Variables for the trainer, which computes where the first of several engines does.
+
+        It finds the base model where the engine has put it.
+        """
+        devices = self.placements[0].environment(outer) if self.placements else {}
+        return {**devices, **OFFLINE}
 
     @property
     def engine_device(self) -> Literal["auto", "cpu", "cuda"]:

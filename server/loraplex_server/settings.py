@@ -116,6 +116,9 @@ class Settings(BaseSettings):
     audit_log: PathOrNone = None
     """File to which a line of JSON is added for every call that changes something, and for every
     refused credential. If empty, these lines go to the log."""
+    adapter_signatures: PathOrNone = None
+    """TOML file of the policy of signatures: which keys may sign for which names. It is read again
+    for every registration. If empty, adapters need no signature."""
 
     gpu_memory: float = Field(0.9, gt=0, le=1)
     """Fraction of a GPU's memory that may be in use, that of other processes included. Without

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+from adapters import keys
 from google.rpc import error_details_pb2
 from loraplex.v1 import (
     adapter_pb2,
@@ -20,10 +21,12 @@ from loraplex.v1 import (
     training_pb2,
     training_pb2_grpc,
 )
+from loraplex_adapters.signing import read_policy
 from loraplex_adapters.store import Store
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.registry import name_cache
+from loraplex_server.registry.signatures import Signatures
 from loraplex_server.rpc.calls.errors import TABLE, Detail
 from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.services import generation
@@ -134,6 +137,15 @@ async def adapter_invalid(up: Running, patch: pytest.MonkeyPatch) -> None:
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
     await register(up, "torn")
+
+
+@raises(Reason.SIGNATURE_INVALID)
+async def signature_invalid(up: Running, patch: pytest.MonkeyPatch) -> None:
+    keys.make_key(up.folder / "keys", "release")
+    policy = read_policy(keys.write_policy(up.folder / "keys", release=[""]))
+    patch.setattr(Signatures, "_policy", lambda self: policy)
+    import_adapter(up, "unsigned")
+    await register(up, "unsigned")
 
 
 @raises(Reason.ADAPTER_UNSUPPORTED)

@@ -12,11 +12,13 @@ from loraplex_adapters.store.index.rebases import Rebase
 from loraplex_adapters.store.index.records import Alias, Page, Quarantine, Record
 from loraplex_adapters.store.index.selector import LabelSelector
 from loraplex_adapters.store.index.texts import VersionText
+from loraplex_adapters.store.staging import Approval
 from loraplex_adapters.store.store import Store
 from loraplex_adapters.store.survey import Surveyed, Verified, survey_at
 
 __all__ = [
     "Alias",
+    "Approval",
     "Collected",
     "LabelSelector",
     "OpenUpload",

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from loraplex_model.base.info import BaseInfo
@@ -14,7 +11,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_adapters.format.digest import digest_hex
 from loraplex_adapters.format.examine import examine_header, inspect
 from loraplex_adapters.format.files import Directory, opened
-from loraplex_adapters.format.spec import AdapterLimits, CheckedAdapter
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import garbage
 from loraplex_adapters.store.disk import locked
 from loraplex_adapters.store.files.blobs import Blobs
@@ -31,20 +28,13 @@ from loraplex_adapters.store.index.quarantines import Quarantines
 from loraplex_adapters.store.index.rebases import Rebase, Rebases
 from loraplex_adapters.store.index.records import Alias, Page, Quarantine, Record
 from loraplex_adapters.store.index.texts import VersionText
+from loraplex_adapters.store.staging import Approval, staged
 from loraplex_adapters.store.survey import Surveyed, Verified, survey
 
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000
 GRACE_SECONDS = 7 * 24 * 3600.0
 """Default time for which a deletion can be undone."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Staged:
-    """A checked copy, and what puts it into the store within a change of the index."""
-
-    spec: CheckedAdapter
-    place: Callable[[], bool]
 
 
 class Store:
@@ -99,17 +89,18 @@ class Store:
         *,
         expected_digest: str = "",
         text: VersionText | None = None,
+        approve: Approval | None = None,
     ) -> tuple[Record, bool]:
         """Checks and copies the adapter in `source` and points `name` to it, as a new version.
 
         Returns the version, and whether it is new: False if `name` already points to this content;
         `labels` are then added to those that the version has, and the version is recorded for
         `base`. The check that decides reads the copy, so that later changes of the files have no
-        effect; the version has its `notes`. The same content with another `text` is another
-        version.
+        effect; the version has its `notes`. `approve` checks the copy further. The same content with
+        another `text` is another version.
         Raises Refusal: FIELD_INVALID (name, labels, text), ADAPTER_CONFLICT (the name points to
         other content and `replace` is not set, or it is an alias), ADAPTER_INVALID (field "digest":
-        the digest is not `expected_digest`), and as `format.examine.inspect` does.
+        the digest is not `expected_digest`), as `format.examine.inspect` and as `approve` do.
         """
         check_name(name)
         checked = check_labels(labels or {})
@@ -122,11 +113,11 @@ class Store:
             # Checked first without the weights, before gigabytes are copied.
             if findings := examine_header(src, base, limits).findings:
                 raise Refusal.of(findings)
-            with self._staged(src, base, limits, expected_digest) as staged:
+            with staged(self._blobs, src, base, limits, expected_digest, approve) as made:
                 record, created = self._index.point(
-                    name, staged.spec, base, checked, replace, staged.place, text
+                    name, made.spec, base, checked, replace, made.place, text
                 )
-                return record.noted(staged.spec.notes), created
+                return record.noted((*made.spec.notes, *made.notes)), created
 
     def admit(
         self,
@@ -134,6 +125,7 @@ class Store:
         base: BaseInfo,
         limits: AdapterLimits | None = None,
         expected_digest: str = "",
+        approve: Approval | None = None,
     ) -> str:
         """Checks and copies the adapter in `source` without naming it; returns its digest.
 
@@ -142,27 +134,14 @@ class Store:
         """
         if expected_digest:
             digest_hex(expected_digest)
+        limits = limits or AdapterLimits()
         with (
             opened(source) as src,
-            self._staged(src, base, limits or AdapterLimits(), expected_digest) as staged,
+            staged(self._blobs, src, base, limits, expected_digest, approve) as made,
             self._database.writing(),
         ):
-            staged.place()
-            return staged.spec.digest
-
-    @contextmanager
-    def _staged(
-        self, source: Directory, base: BaseInfo, limits: AdapterLimits, expected_digest: str
-    ) -> Iterator[_Staged]:
-        """A checked copy of an adapter, which is removed at the end unless it was placed."""
-        with self._blobs.staged(source, limits.max_weights_bytes) as copy:
-            spec = inspect(copy, base, limits)
-            if expected_digest not in ("", spec.digest):
-                message = f"the digest is {spec.digest}, not {expected_digest}"
-                raise Refusal(Reason.ADAPTER_INVALID, message, "digest")
-            # Read here and not in the change of the index, which excludes all other changes.
-            keep = self._blobs.is_intact(spec.digest)
-            yield _Staged(spec, partial(self._blobs.place, copy, spec.digest, keep=keep))
+            made.place()
+            return made.spec.digest
 
     def resolve(self, adapter_id: str) -> Record:
         """Returns the version that an id means now.
@@ -329,6 +308,7 @@ class Store:
         labels: Mapping[str, str] | None = None,
         *,
         text: VersionText | None = None,
+        approve: Approval | None = None,
     ) -> tuple[Record, bool]:
         """Registers an upload whose digest is `expected_digest` ("" for any), and removes it.
 
@@ -337,7 +317,9 @@ class Store:
         """
         with self.uploads.reading(upload_id, remove=True) as source:
             terms = (name, source, base, limits, replace, labels)
-            return self.register(*terms, expected_digest=expected_digest, text=text)
+            return self.register(
+                *terms, expected_digest=expected_digest, text=text, approve=approve
+            )
 
     def path(self, digest: str) -> Path:
         """Returns the directory of the adapter with this digest.

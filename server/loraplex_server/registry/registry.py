@@ -27,6 +27,7 @@ from loraplex_server.registry.census import Census
 from loraplex_server.registry.feed import AdapterFeed, Catalogue
 from loraplex_server.registry.freshness import unanswered
 from loraplex_server.registry.name_cache import NameCache
+from loraplex_server.registry.signatures import Signatures
 from loraplex_server.registry.terms import Registered, RegistrationTerms, usable
 from loraplex_server.registry.texts import AdapterTexts
 from loraplex_server.runtime.finishing import to_the_end
@@ -81,6 +82,7 @@ class Registry:
         limits: AdapterLimits,
         lanes: Lanes | None = None,
         texts: AdapterTexts | None = None,
+        signatures: Signatures | None = None,
     ) -> None:
         self.lanes = lanes or Lanes()
         self.store = store
@@ -92,6 +94,7 @@ class Registry:
         self._names: NameCache[Registered] = NameCache(count_changes)
         metrics.series.index_away_seconds.set_function(self._names.freshness.away_seconds)
         self._texts = texts or AdapterTexts()
+        self.signatures = signatures or Signatures()
         self.feed = AdapterFeed(self._catalogue, count_changes)
         self.census = Census(partial(self.lanes.survey.run, store.survey), self._base, metrics)
 
@@ -205,6 +208,7 @@ class Registry:
                     terms.replace,
                     labels=terms.labels or {},
                     text=terms.text,
+                    approve=self.signatures.approval(terms),
                 )
 
         return await self._name(terms, source, record, lane or self.lanes.registrations)
@@ -224,6 +228,7 @@ class Registry:
                 terms.replace,
                 terms.labels or {},
                 text=terms.text,
+                approve=self.signatures.approval(terms),
             )
 
         source = partial(self.store.uploads.reading, upload_id)
@@ -246,9 +251,9 @@ class Registry:
 
             def admit() -> AdapterRef:
                 with source() as opened:
-                    digest = self.store.admit(
-                        opened, self._base(), self._limits, terms.expected_digest
-                    )
+                    approve = self.signatures.approval(terms)
+                    known = (terms.expected_digest, approve)
+                    digest = self.store.admit(opened, self._base(), self._limits, *known)
                 held = self.store.quarantined().get(digest)
                 if held is not None:
                     raise Refusal.of([servable.held_back(terms.name, held)])
@@ -277,6 +282,7 @@ class Registry:
         """
 
         def work() -> Record:
+            self.signatures.require_alias(alias, lambda: self.store.resolve(adapter_id).name)
             pointed = self.store.set_alias(alias, adapter_id, expected)
             return self.store.get(pointed.name, pointed.version)
 

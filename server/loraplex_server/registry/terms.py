@@ -16,7 +16,8 @@ class RegistrationTerms:
     """Name under which an adapter is registered, and the conditions.
 
     With `load`, a name that is replaced moves to the new content only once that is on the device,
-    so that no request waits for it. If it cannot be loaded, the name does not move.
+    so that no request waits for it. If it cannot be loaded, the name does not move. `signature` is
+    the file of a signature, b"" without one; `trained` says that this server made the adapter.
     """
 
     name: str
@@ -25,6 +26,8 @@ class RegistrationTerms:
     expected_digest: str = ""
     load: bool = False
     text: VersionText = field(default_factory=VersionText)
+    signature: bytes = b""
+    trained: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,10 @@ class RegistryDestination:
         self._registry = registry
 
     async def check(self, order: JobOrder) -> None:
-        """Raises Refusal(ADAPTER_CONFLICT) if the adapter's name or its alias is taken."""
+        """Raises Refusal if the adapter could not be registered later.
+
+        ADAPTER_CONFLICT: its name or its alias is taken. SIGNATURE_INVALID: it needs a signature.
+        """
         known = await self._find(order.name)
         if known is not None and known.record.name != order.name:
             raise _conflict(order.name, f"{order.name!r} is an alias")
@@ -34,6 +37,7 @@ class RegistryDestination:
                 f"there is an adapter {order.name!r}; set `replace` to register a new version of it"
             )
             raise _conflict(order.name, text)
+        await self._require_signatures(order)
         if order.alias:
             known = await self._find(order.alias)
             if known is not None and known.record.name == order.alias:
@@ -66,7 +70,7 @@ class RegistryDestination:
         )
 
     async def _register(self, folder: Path, order: JobOrder, load: bool) -> Registered:
-        terms = RegistrationTerms(order.name, order.replace, order.labels, load=load)
+        terms = RegistrationTerms(order.name, order.replace, order.labels, load=load, trained=True)
         # Not in a lane that clients' registrations can fill.
         source, lane = partial(open_directory, folder), self._registry.lanes.training
         pauses = iter(_RETRY_SECONDS)
@@ -78,6 +82,19 @@ class RegistryDestination:
                 if pause is None:
                     raise _refusal(error, order.name) from error
             await asyncio.sleep(pause)
+
+    async def _require_signatures(self, order: JobOrder) -> None:
+        signatures = self._registry.signatures
+
+        def work() -> None:
+            signatures.require_trained(order.name)
+            if order.alias:
+                signatures.require_alias(order.alias, lambda: order.name)
+
+        try:
+            await self._registry.lanes.training.run(work)
+        except Refusal as error:
+            raise _refusal(error, order.name) from error
 
     async def _find(self, name: str) -> Registered | None:
         try:

@@ -144,6 +144,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             dict(request.labels),
             load=request.load,
             text=VersionText.of(request.chat_template, request.eos_token_ids),
+            signature=request.signature,
         )
         source = self._registry.imported(request.path)
         work = self._registry.register(source, terms)

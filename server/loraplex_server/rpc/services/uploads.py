@@ -112,6 +112,7 @@ class UploadReceiver:
             header.expected_digest,
             header.load,
             version_text,
+            header.signature,
         )
         adapter, created = await self._registry.finish_upload(header.upload_id, terms)
         notes = folder_notes(header.other_files, has_template=bool(version_text.chat_template))
