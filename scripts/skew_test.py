@@ -146,9 +146,7 @@ def life(check: Checks, side: Side, server: str, other: str, name: str, source: 
     check.run(f"{what}: delete", lambda: side.client(other, "adapters", "delete", name))
     check.run(f"{what}: gone at both", lambda: name in names(side, server), False)
     check.run(f"{what}: restore", lambda: side.client(server, "adapters", "restore", name))
-    check.run(
-        f"{what}: served again", lambda: answer(side, other, "--adapter", name), here
-    )
+    check.run(f"{what}: served again", lambda: answer(side, other, "--adapter", name), here)
 
 
 def on_one_store(check: Checks, old: Side, new: Side, folder: Path, url: str) -> None:
@@ -246,7 +244,9 @@ def main() -> int:
         on_one_store(check, old, new, Path(folder) / "sqlite", "")
         if not arguments.no_postgresql:
             with postgresql(new) as url:
-                print(f"PostgreSQL, {arguments.before} and this version" if url else "no PostgreSQL")
+                print(
+                    f"PostgreSQL, {arguments.before} and this version" if url else "no PostgreSQL"
+                )
                 if url:
                     on_one_store(check, old, new, Path(folder) / "postgresql", url)
     print(f"{check.failed} failed" if check.failed else "all passed")

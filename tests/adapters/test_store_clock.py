@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from adapters.adapter_files import BASE
+from adapters.stores import refusal
 from loraplex_adapters.format.files import CONFIG_FILE
 from loraplex_adapters.store import Store
 from loraplex_model.base.refusal import Reason
 
 from adapters import stores
-from adapters.stores import refusal
 
 DAY = 24 * 3600.0
 

@@ -80,9 +80,7 @@ def test_nothing_that_the_server_needs_is_without_a_hash() -> None:
 def test_torch_is_apart_because_another_index_has_other_files() -> None:
     assert "torch" in hashes(TORCH)
     assert not hashes(HASHES).keys() & hashes(TORCH).keys()
-    assert all(
-        re.fullmatch("torch|triton|nvidia-.*|cuda-.*", package) for package in hashes(TORCH)
-    )
+    assert all(re.fullmatch("torch|triton|nvidia-.*|cuda-.*", package) for package in hashes(TORCH))
 
 
 def test_the_image_installs_by_hash_only() -> None:
@@ -133,7 +131,8 @@ def test_an_audit_names_what_it_found(tmp_path: Path, no_service: Path) -> None:
     }
     (tmp_path / "modules" / "pip_audit.py").write_text(
         "import sys\nfrom pathlib import Path\n"
-        f"place = Path(sys.argv[sys.argv.index('--output') + 1])\nplace.write_text({json.dumps(report)!r})\n"
+        f"place = Path(sys.argv[sys.argv.index('--output') + 1])\n"
+        f"place.write_text({json.dumps(report)!r})\n"
         "sys.exit(1)\n"
     )
     command = [ROOT / "scripts" / "audit", no_service]

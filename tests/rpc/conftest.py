@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from server import outbound
 
 TESTS = str(Path(__file__).resolve().parents[1])

@@ -12,7 +12,6 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from adapters import keys
 from google.rpc import error_details_pb2
 from loraplex.v1 import (
     adapter_pb2,
@@ -47,6 +46,8 @@ from rpc.harness import (
     write_adapter,
 )
 from rpc.training_jobs import order, settings
+
+from adapters import keys
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

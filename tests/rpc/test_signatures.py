@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 import pytest
-from adapters import keys
 from loraplex.aio import AsyncClient
 from loraplex.errors import AdapterRejected
 from loraplex.v1 import adapter_pb2
@@ -18,6 +17,8 @@ from loraplex_server import app
 from loraplex_server.exits import ServerExit
 from rpc.harness import Running, config_for, refusal, running, write_adapter
 from rpc.training_jobs import State, training
+
+from adapters import keys
 
 
 @pytest.fixture
@@ -74,9 +75,7 @@ async def test_an_upload_needs_a_signature_and_can_be_finished_with_it(up: Runni
         with pytest.raises(AdapterRejected) as caught:
             await client.upload_adapter("prod-a", source, upload_id=upload)
         assert caught.value.reason == "SIGNATURE_INVALID"
-        done = await client.upload_adapter(
-            "prod-a", source, upload_id=upload, signature=signature
-        )
+        done = await client.upload_adapter("prod-a", source, upload_id=upload, signature=signature)
         assert done.created
         assert "signed by the key release" in done.notes
 

@@ -41,7 +41,7 @@ def attempts(report: Path) -> list[str]:
 
 @contextmanager
 def watched() -> Iterator[list[str]]:
-    """Attempts of this process's Python code within the context, in the order in which they were."""
+    """Attempts of this process's Python code within the context, in order."""
     if not _hooked:  # a hook cannot be removed again
         _hooked.append(True)
         sys.addaudithook(_hook)

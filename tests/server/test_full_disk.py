@@ -70,11 +70,14 @@ def test_a_full_store_refuses_registrations_and_serves_what_it_has(
     with serving(tmp_path, store=disk / "store") as up, Client(up.grpc) as client:
         digest = client.upload_adapter("a", sources[0]).adapter.digest
         ballast = fill(disk, leave=leave)
-        with pytest.raises(ResourceExhausted) as caught:
-            for number in range(50):  # until the rest is used up
-                upload = client.start_upload()
-                client.upload_adapter(f"b{number}", sources[1], upload_id=upload)
+
+        def use_up() -> None:
+            for number in range(50):
+                client.upload_adapter(f"b{number}", sources[1])
                 sources[1] = write_adapter(tmp_path / "next", number + 10, rank=16)
+
+        with pytest.raises(ResourceExhausted) as caught:
+            use_up()
         assert caught.value.reason == "STORE_FULL"
         assert generate(up) == expected([20, 21, 22], 8)
         assert generate(up, "a") == expected([20, 21, 22], 8, digest)

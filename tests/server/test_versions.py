@@ -35,7 +35,9 @@ def test_fields_of_a_newer_version_do_not_keep_a_job_from_being_read(records: Re
     assert "owner" not in json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("change", [{"state": "paused"}, {"error": {"reason": "NEW_REASON", "message": "x"}}])
+@pytest.mark.parametrize(
+    "change", [{"state": "paused"}, {"error": {"reason": "NEW_REASON", "message": "x"}}]
+)
 def test_a_job_in_a_state_of_a_newer_version_is_left_to_it(
     change: dict[str, object], records: Records, caplog: pytest.LogCaptureFixture
 ) -> None:

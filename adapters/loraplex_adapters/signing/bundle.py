@@ -105,7 +105,9 @@ def parse(data: bytes) -> Bundle:
         if found["mediaType"] != BUNDLE_TYPE or envelope["payloadType"] != PAYLOAD_TYPE:
             raise ValueError
         payload = base64.b64decode(envelope["payload"], validate=True)
-        signatures = [base64.b64decode(each["sig"], validate=True) for each in envelope["signatures"]]
+        signatures = [
+            base64.b64decode(each["sig"], validate=True) for each in envelope["signatures"]
+        ]
         if not 1 <= len(signatures) <= _MOST_SIGNATURES:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -140,7 +142,7 @@ def malformed(why: str) -> Refusal:
 
 
 def _root(resources: list[dict[str, Any]]) -> str:
-    """SHA-256 of the files' digests, one after the other. Raises ValueError for one that is none."""
+    """SHA-256 of the files' digests, one after the other. Raises ValueError for a wrong one."""
     digests = [bytes.fromhex(each["digest"]) for each in resources]
     if any(len(digest) != 32 for digest in digests):
         raise ValueError("it does not list the SHA-256 of whole files")

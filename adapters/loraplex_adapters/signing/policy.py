@@ -1,12 +1,12 @@
 """The operator's policy: which keys may sign for which names.
 
-    bind_names = true          # the name in a signature must be the one that is registered
-    unsigned = ["dev-"]        # names with these beginnings need no signature
-    training = "signed"        # "unsigned": adapters that the server trains need none
+bind_names = true          # the name in a signature must be the one that is registered
+unsigned = ["dev-"]        # names with these beginnings need no signature
+training = "signed"        # "unsigned": adapters that the server trains need none
 
-    [keys.release]
-    public_key = "release.pem" # a file, relative to this one, or the PEM itself
-    names = ["prod-", "ops-"]  # beginnings of the names that it may sign for; "" for all
+[keys.release]
+public_key = "release.pem" # a file, relative to this one, or the PEM itself
+names = ["prod-", "ops-"]  # beginnings of the names that it may sign for; "" for all
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Policy:
     def check(self, folder: Path, name: str, signature: bytes, template: str = "") -> str:
         """Checks the signature of an adapter's files, and of its chat template, "" without one.
 
-        Returns the name of the key; "" if the name needs no signature. Raises Refusal(SIGNATURE_INVALID, field "signature").
+        Returns the name of the key; "" if the name needs no signature.
+        Raises Refusal(SIGNATURE_INVALID, field "signature").
         """
         if not self.requires(name):
             return ""
@@ -142,7 +143,11 @@ def _key(file: Path, name: str, table: Any) -> SigningKey:
     if not isinstance(text, str):
         raise _wrong(file, f"keys.{name}.public_key must be the name of a file, or PEM")
     try:
-        pem = text.encode() if text.lstrip().startswith("-----") else (file.parent / text).read_bytes()
+        pem = (
+            text.encode()
+            if text.lstrip().startswith("-----")
+            else (file.parent / text).read_bytes()
+        )
     except (OSError, ValueError) as error:
         raise _wrong(file, f"the key of keys.{name} cannot be read: {error}") from None
     names = _prefixes(file, f"keys.{name}.names", table["names"])

@@ -96,8 +96,8 @@ class Store:
         Returns the version, and whether it is new: False if `name` already points to this content;
         `labels` are then added to those that the version has, and the version is recorded for
         `base`. The check that decides reads the copy, so that later changes of the files have no
-        effect; the version has its `notes`. `approve` checks the copy further. The same content with
-        another `text` is another version.
+        effect; the version has its `notes`. `approve` checks the copy further. The same content
+        with another `text` is another version.
         Raises Refusal: FIELD_INVALID (name, labels, text), ADAPTER_CONFLICT (the name points to
         other content and `replace` is not set, or it is an alias), ADAPTER_INVALID (field "digest":
         the digest is not `expected_digest`), as `format.examine.inspect` and as `approve` do.

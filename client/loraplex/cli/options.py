@@ -94,7 +94,7 @@ Signature = Annotated[
     Path | None,
     option(
         "Registration",
-        "Local file of a signature (`loraplex-server sign`), if the server's operator requires one.",
+        "Local file of a signature (`loraplex-server sign`), if the operator requires one.",
         "--signature",
         metavar="FILE",
         exists=True,

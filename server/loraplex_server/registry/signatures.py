@@ -58,8 +58,7 @@ class Signatures:
             policy.require_trained(name)
 
     def require_alias(self, alias: str, name: Callable[[], str]) -> None:
-        """Refuses an alias that needs a signature which the adapter called `name()` does not need.
-        """
+        """Refuses an alias that needs a signature unless the adapter `name()` needs it too."""
         policy = self._policy()
         if policy is not None:
             policy.require_alias(alias, name())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import IO, Final, TypeAlias
 
@@ -33,6 +33,7 @@ _OF_THE_SOURCE: Final = (
     Reason.FIELD_INVALID,
 )
 
+
 def check(source: Path, digest: str) -> int:
     """Reads an adapter's files; returns their size.
 
@@ -41,36 +42,34 @@ def check(source: Path, digest: str) -> int:
     """
     return _read(source, digest, lambda name, piece: None)
 
-def copy(
-    source: Path, digest: str, target: Path, mode: int, errors: Errors
-) -> int:
+
+def copy(source: Path, digest: str, target: Path, mode: int, errors: Errors) -> int:
     """Copies an adapter's files to the new directory `target`; returns their size.
 
     On return they are on the disk. `mode` is that of the files; `errors` turns an OSError of
     writing into a refusal. Raises Refusal as `check` and `errors` do.
     """
-    open_files: dict[str, IO[bytes]] = {}
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with ExitStack() as opened:
+        files: dict[str, IO[bytes]] = {}
 
-    def write(name: str, piece: memoryview) -> None:
-        with errors():
-            if name not in open_files:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                open_files[name] = open(os.open(target / name, flags, mode), "wb", buffering=0)
-            reach("backup.copy.write")
-            while piece:
-                piece = piece[open_files[name].write(piece) :]
+        def write(name: str, piece: memoryview) -> None:
+            with errors():
+                if name not in files:
+                    made = os.open(target / name, flags, mode)
+                    files[name] = opened.enter_context(open(made, "wb", buffering=0))
+                reach("backup.copy.write")
+                while piece:
+                    piece = piece[files[name].write(piece) :]
 
-    try:
         size = _read(source, digest, write)
         with errors():
             reach("backup.copy.sync")
-            for file in open_files.values():
+            for file in files.values():
                 flush_file(file)
             flush(target)
         return size
-    finally:
-        for file in open_files.values():
-            file.close()
+
 
 def _read(source: Path, digest: str, take: Callable[[str, memoryview], None]) -> int:
     try:
@@ -90,6 +89,7 @@ def _read(source: Path, digest: str, take: Callable[[str, memoryview], None]) ->
     if actual.text() != digest:
         raise invalid(f"{digest}: its content has changed")
     return size
+
 
 def _pieces(file: RegularFile) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(min(_PIECE, file.size)))

@@ -109,7 +109,8 @@ def read_manifest(place: Path) -> Manifest:
     with disk_errors():
         if not place.is_dir():
             raise invalid(f"{place} is not a directory")
-        if read_marker(place) is None:
+        marked = read_marker(place)
+        if marked is None:
             raise invalid(f"{place} holds no backup: there is no {MARKER}")
         try:
             data = read_file(place / MANIFEST)
@@ -128,6 +129,8 @@ def read_manifest(place: Path) -> Manifest:
             raise ValueError
     except (TypeError, KeyError, ValueError, AttributeError):
         raise invalid(f"{MANIFEST} is damaged") from None
+    if marked != manifest.store_id:
+        raise invalid(f"{MARKER} is damaged, or of another store than {MANIFEST}")
     return manifest
 
 
@@ -142,13 +145,16 @@ def read_file(path: Path) -> bytes:
         if path.is_symlink():
             raise invalid(f"{path.name} is a symbolic link") from error
         raise
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise invalid(f"{path.name} is not a regular file")
         if status.st_size > _MAX_FILE:
             raise invalid(f"{path.name} has more than {_MAX_FILE} bytes")
-        return file.read()
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def require_directory(path: Path) -> None:

@@ -157,7 +157,7 @@ def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) ->
 
 
 def require_not_newer(found: int) -> None:
-    """Raises Refusal(STORE_UNAVAILABLE) for an index of a version that this server does not read."""
+    """Raises Refusal(STORE_UNAVAILABLE) for an index that only newer servers can read."""
     if found > SCHEMA_VERSION:
         raise unavailable(
             f"the adapter store was written by a newer version of the server: its index is of "

@@ -58,7 +58,9 @@ def backup(
     done = back_up(config.store, config.store_url.get_secret_value(), directory, prune=prune)
     value = {**tables.plain(done.manifest), "copied": done.copied, "pruned": done.pruned}
     size = tables.size_text(sum(done.manifest.blobs.values()))
-    total = f"{done.manifest.rows.get('versions', 0)} versions of {len(done.manifest.blobs)} adapters"
+    total = (
+        f"{done.manifest.rows.get('versions', 0)} versions of {len(done.manifest.blobs)} adapters"
+    )
     copied = f"{len(done.copied)} copied, {len(done.pruned)} pruned"
     show(as_json, value, "\n".join([*_lost(done.manifest.lost), f"{total}, {size}; {copied}"]))
     if done.manifest.lost:
@@ -90,7 +92,9 @@ def recover_store(
 
 
 def _lost(digests: Sequence[str]) -> list[str]:
-    return [f"{digest}: its files are missing or damaged; register them again" for digest in digests]
+    return [
+        f"{digest}: its files are missing or damaged; register them again" for digest in digests
+    ]
 
 
 def _typed(work: Callable[..., None]) -> Callable[..., None]:

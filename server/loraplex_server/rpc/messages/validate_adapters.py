@@ -29,6 +29,15 @@ MAX_PAGE: Final = 1000
 MAX_DRAIN_SECONDS: Final = 86_400
 MAX_CHUNK_BYTES: Final = 1 << 20
 
+_OF_A_REGISTRATION: Final = (
+    "name",
+    "replace",
+    "load",
+    "labels",
+    "chat_template",
+    "eos_token_ids",
+    "signature",
+)
 _LABEL_FORM: Final = "the key must match [a-z0-9][a-z0-9._/-]{0,62}"
 _RAISE: Final = "; the server's setting max_adapter_file raises the limit"
 _UPLOAD_FORM: Final = "is not an id of StartUpload"
@@ -112,7 +121,15 @@ def header(header: adapter_pb2.UploadHeader, max_weights_bytes: int) -> list[Pro
     checks = RequestChecks("header.")
     checks.require(not upload_id(header.upload_id), "upload_id", _UPLOAD_FORM)
     if header.stage_only:
-        for field in ("name", "replace", "load", "labels", "chat_template", "eos_token_ids", "signature"):
+        for field in (
+            "name",
+            "replace",
+            "load",
+            "labels",
+            "chat_template",
+            "eos_token_ids",
+            "signature",
+        ):
             checks.require(not getattr(header, field), field, "must not be set with `stage_only`")
     else:
         checks.name("name", header.name)
