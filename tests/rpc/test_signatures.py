@@ -123,12 +123,13 @@ async def test_a_name_that_needs_a_signature_is_trained_only_if_the_operator_all
     keys.make_key(tmp_path / "keys", "release")
     policy = keys.write_policy(tmp_path / "keys", line, 'unsigned = ["dev-"]', release=["prod-"])
     async with training(tmp_path, adapter_signatures=policy) as jobs:
-        done = await jobs.ended(await jobs.create(jobs.adapter(), name="dev-a"))
+        made = f"publish {jobs.adapter()}"
+        done = await jobs.ended(await jobs.create(made, name="dev-a"))
         assert done.state == State.TRAINING_JOB_STATE_SUCCEEDED
         if not line:
-            assert await refused(jobs.create(jobs.adapter(), name="prod-a")) == "SIGNATURE_INVALID"
+            assert await refused(jobs.create(made, name="prod-a")) == "SIGNATURE_INVALID"
             return
-        done = await jobs.ended(await jobs.create(jobs.adapter(), name="prod-a"))
+        done = await jobs.ended(await jobs.create(made, name="prod-a"))
         assert done.state == State.TRAINING_JOB_STATE_SUCCEEDED
-        aliased = jobs.create(jobs.adapter(), name="dev-b", spec={"alias": "prod-now"})
+        aliased = jobs.create(made, name="dev-b", delivery={"alias": "prod-now"})
         assert await refused(aliased) == "SIGNATURE_INVALID"

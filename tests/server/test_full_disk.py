@@ -22,7 +22,7 @@ from loraplex_adapters.store.backup import check_backup
 from loraplex_server.commands.program import app
 from rpc.harness import ask, expected, write_adapter
 from rpc.training_jobs import order, settings
-from server.test_process import outcome, serving, start, write_config
+from server.test_process import Process, outcome, serving, start, write_config
 from typer.testing import CliRunner
 
 from adapters import stores
@@ -32,6 +32,7 @@ from model import tiny
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one megabyte."""
+    (tmp_path / "import").mkdir()
     place = tmp_path / "disk"
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
@@ -56,10 +57,10 @@ def fill(disk: Path, *, leave: int = 0) -> Path:
     return ballast
 
 
-def generate(up: object, adapter: str = "") -> list[int]:
+def generate(up: Process, adapter: str = "") -> list[int]:
     with grpc.insecure_channel(up.grpc) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        return list(stub.Generate(ask(adapter=adapter)).completions[0].token_ids)
+        return list(stub.Generate(ask(adapter=adapter)).token_ids)
 
 
 @pytest.mark.parametrize("leave", [0, 8192, 24576])
