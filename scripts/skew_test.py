@@ -31,7 +31,7 @@ import json, sys
 from pathlib import Path
 from server.test_process import write_config
 folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
-folder.mkdir(parents=True, exist_ok=True)
+(folder / "import").mkdir(parents=True, exist_ok=True)
 print(write_config(folder, **{k: Path(v) if k == "store" else v for k, v in settings.items()}))
 """
 ADAPTER = """
@@ -90,7 +90,9 @@ class Side:
             line = process.stdout.readline()
             found = re.match(r"ready: grpc (\S+) ", line)
             if found is None:
-                raise RuntimeError(f"the {self.name} server does not start: see {file}")
+                process.wait(60)
+                said = (folder / f"{self.name}.log").read_text()[-1000:]
+                raise RuntimeError(f"the {self.name} server does not start: {said}")
             yield found[1]
             process.terminate()
             if process.wait(60) != 0:

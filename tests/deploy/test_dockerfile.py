@@ -79,17 +79,6 @@ def test_the_image_has_no_compiler_and_finds_the_kernels_that_were_built(target:
     assert "g++" not in " ".join(rest for _, rest in every[target])
 
 
-def test_the_layer_of_dependencies_names_the_servers_dependencies(tmp_path: Path) -> None:
-    line = next(rest for word, rest in instructions() if word == "RUN" and "tomllib" in rest)
-    program = re.search(r"python -c '([^']+)' > server\.txt", line).group(1)
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    named = set(done.stdout.split("\n"))
-    assert {"torch==2.13.0", "grpcio>=1.85.1"} <= named
-    assert not any(requirement.startswith("pytest") for requirement in named)
-
-
 def test_what_is_copied_is_in_the_repository_and_in_the_build_context() -> None:
     allowed = {
         line[1:]

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 HASHES, TORCH = "requirements.hashes", "requirements.torch.hashes"
-EXTRAS = ("", "server", "postgres")
+EXTRAS = ("server", "postgres")
 
 
 def pinned(name: str) -> dict[str, str]:
@@ -34,15 +35,22 @@ def hashes(name: str) -> dict[str, list[str]]:
     }
 
 
+def direct() -> list[str]:
+    """What pyproject.toml names for the server."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    return [*project["dependencies"], *(one for extra in EXTRAS for one in extras[extra])]
+
+
 def needed() -> set[str]:
     """The packages that the installed server needs, and those that they need."""
     found: set[str] = set()
-    waiting = [(canonicalize_name("loraplex"), extra) for extra in EXTRAS]
+    waiting = [("", "")]
     seen = set(waiting)
     while waiting:
         name, extra = waiting.pop()
         try:
-            requires = metadata.requires(name) or ()
+            requires = metadata.requires(name) or () if name else direct()
         except metadata.PackageNotFoundError:
             continue
         for text in requires:
@@ -55,7 +63,7 @@ def needed() -> set[str]:
                 if (child, wanted) not in seen:
                     seen.add((child, wanted))
                     waiting.append((child, wanted))
-    return found - {"loraplex"}
+    return found
 
 
 def test_every_package_has_hashes_of_the_locked_version() -> None:
