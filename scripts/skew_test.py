@@ -77,10 +77,11 @@ class Side:
     @contextlib.contextmanager
     def serving(self, folder: Path, **settings: str) -> Iterator[str]:
         """A server of this checkout; yields its address, and ends it with SIGTERM."""
+        url = settings.pop("store_url", "")  # a settings file would show it
         file = self.python("-c", CONFIG, folder / self.name, json.dumps(settings)).strip()
         process = subprocess.Popen(
             [sys.executable, "-m", "loraplex_server.cli", "serve", "--config", file],
-            env=self.environment,
+            env={**self.environment, "LORAPLEX_STORE_URL": url},
             stdout=subprocess.PIPE,
             stderr=(folder / f"{self.name}.log").open("a"),
             text=True,
