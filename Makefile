@@ -198,9 +198,7 @@ audit: setup ## Ask for known vulnerabilities of what the image installs (needs 
 	@scripts/audit $(BIN)/python
 
 sbom: setup ## Write bills of materials (CycloneDX) of the image and of .venv to build/
-	mkdir -p build
-	$(BIN)/cyclonedx-py requirements requirements.hashes --pyproject pyproject.toml --output-reproducible --output-format JSON --output-file build/sbom-image.json
-	$(BIN)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible --output-format JSON --output-file build/sbom-environment.json
+	@scripts/sbom $(BIN)/python build
 
 clean: ## Remove caches and build output, but not the environments and var/
 	rm -rf .gpu build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
