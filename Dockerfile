@@ -29,15 +29,19 @@ RUN python -m venv /opt/loraplex
 ENV PATH=/opt/loraplex/bin:$PATH
 WORKDIR /src
 
-# The dependencies change seldom, so they have a layer of their own. EXTRAS are those of pyproject.toml;
-# `data`, for Parquet files, adds 170 MB.
-ARG EXTRAS="server postgres train"
-COPY pyproject.toml requirements.lock ./
+# The dependencies change seldom, so they have a layer of their own.
+COPY requirements.lock requirements.hashes requirements.torch.hashes ./
+# Every file is compared with its hash. Torch from another index, which has files of its own, is taken in the locked
+# version without one: choose an index that you trust.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python -c 'import os, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; extras = p["optional-dependencies"]; named = [*p["dependencies"], *(r for name in os.environ["EXTRAS"].split() for r in extras[name])]; print(*(r for r in named if not r.startswith("loraplex[")), sep="\n")' > dependencies.txt \
-    && pip install --constraint requirements.lock --requirement dependencies.txt
+    if [ -n "${PIP_EXTRA_INDEX_URL:-}" ]; then \
+        pip install --no-deps --constraint requirements.lock torch; \
+    else \
+        pip install --require-hashes --no-deps --requirement requirements.torch.hashes; \
+    fi \
+    && env --unset=PIP_EXTRA_INDEX_URL pip install --require-hashes --no-deps --requirement requirements.hashes
 
-COPY README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY model model
 COPY adapters adapters

@@ -31,9 +31,9 @@ FUZZ_SECONDS ?= 20
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prometheus demo serve train-adapter test check-observability test-seams test-security test-field test-families check-deploy deploy-rules try-ray test-real test-sanitized test-triton test-gpu fuzz lint house proto \
+.PHONY: help setup model prometheus demo serve train-adapter test check-observability test-seams test-security test-field test-families check-deploy deploy-rules try-ray test-real test-skew test-sanitized test-triton test-gpu fuzz lint house proto \
         bench bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-auth bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
-        lock clean distclean
+        lock audit sbom clean distclean
 
 help: ## Show this list of targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -118,6 +118,9 @@ deploy-rules: ## Write the Prometheus operator's rules from deploy/prometheus/al
 
 test-real: setup ## Compare a published checkpoint with transformers (fetches Gemma 3 270M, 253 MB, once; Gemma Terms of Use)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/family_tests.py --real $(ARGS)
+
+test-skew: setup ## Run a server and clients of an earlier commit with this version on one store (BEFORE=commit; about 3 minutes)
+	@$(BIN)/python scripts/skew_test.py $(if $(BEFORE),--before $(BEFORE)) $(ARGS)
 
 test-sanitized: setup ## Run the tests of the C++ kernels with address and undefined-behaviour sanitizers
 	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python scripts/sanitized.py $(ARGS)
@@ -215,8 +218,15 @@ figures: setup ## Draw the figures of docs/ from the server's quantiser and the 
 	$(BIN)/python docs/figures/draw.py
 	$(BIN)/python docs/figures/draw_paper.py
 
-lock: setup ## Write requirements.lock from the packages in .venv
+lock: setup ## Write requirements.lock from the packages in .venv, and the hashes of what the image installs
 	scripts/write-lock $(BIN)/python
+	scripts/hashes $(BIN)/python
+
+audit: setup ## Ask for known vulnerabilities of what the image installs (needs the network)
+	@scripts/audit $(BIN)/python
+
+sbom: setup ## Write bills of materials (CycloneDX) of the image and of .venv to build/
+	@scripts/sbom $(BIN)/python build
 
 clean: ## Remove caches and build output, but not the environments and var/
 	rm -rf .gpu build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

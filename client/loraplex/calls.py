@@ -96,13 +96,15 @@ class Calls:
         labels: Mapping[str, str] | None = None,
         chat_template: str = "",
         eos_token_ids: Sequence[int] = (),
+        signature: bytes = b"",
         timeout: float | None = None,
     ) -> Registration:
         """Registers the PEFT directory `path`, relative to the server's import root, as `name`.
 
         With `replace`, a name that is taken moves to these bytes as a new version. With `load`, the
         adapter is made resident too. `chat_template` (Jinja source, which the server's operator
-        must allow) and `eos_token_ids` take the place of the base model's for this version. Raises
+        must allow) and `eos_token_ids` take the place of the base model's for this version.
+        `signature` is the content of a signature's file, which the operator may require. Raises
         AdapterRejected or AdapterConflict.
         """
         request = fill(
@@ -114,6 +116,7 @@ class Calls:
             labels=labels,
             chat_template=chat_template,
             eos_token_ids=eos_token_ids,
+            signature=signature,
         )
         return read(Registration, await self._call(self._stub.RegisterAdapter, request, timeout))
 
@@ -264,6 +267,7 @@ class Calls:
         labels: Mapping[str, str] | None = None,
         chat_template: str = "",
         eos_token_ids: Sequence[int] = (),
+        signature: bytes = b"",
         upload_id: str = "",
         progress: uploads.Progress | None = None,
         timeout: float | None = None,
@@ -273,8 +277,8 @@ class Calls:
         An interrupted upload is resumed, even if the server has restarted meanwhile. `upload_id`
         (from `start_upload`) resumes an upload that another process started. `progress` may be
         called on another thread. `timeout` is the deadline of each stream; None sets no deadline.
-        `chat_template` and `eos_token_ids` are as in `register_adapter`. Raises AdapterRejected or
-        AdapterConflict.
+        `chat_template`, `eos_token_ids` and `signature` are as in `register_adapter`. Raises
+        AdapterRejected or AdapterConflict.
         """
         files = await self._connection.offload(uploads.Files.read, folder)
         header = files.header(
@@ -285,6 +289,7 @@ class Calls:
             load=load,
             chat_template=chat_template,
             eos_token_ids=eos_token_ids,
+            signature=signature,
         )
         return await self._upload(files, header, progress, timeout)
 

@@ -195,6 +195,7 @@ _KINDS: dict[str | grpc.StatusCode, type[LoraplexError]] = {
     "ADAPTER_NOT_FOUND": AdapterNotFound,
     "ADAPTER_CONFLICT": AdapterConflict,
     "ADAPTER_INVALID": AdapterRejected,
+    "SIGNATURE_INVALID": AdapterRejected,
     "ADAPTER_UNSUPPORTED": AdapterRejected,
     "BASE_MODEL_MISMATCH": AdapterRejected,
     "RANK_TOO_LARGE": AdapterRejected,

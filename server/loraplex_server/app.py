@@ -39,6 +39,7 @@ from loraplex_server.metrics import Metrics
 from loraplex_server.observing import ServerObserver
 from loraplex_server.registry.quarantine import QuarantineKeeper
 from loraplex_server.registry.registry import Registry
+from loraplex_server.registry.signatures import Signatures
 from loraplex_server.registry.texts import AdapterTexts
 from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.calls.interceptor import CallPath, Interceptor
@@ -159,9 +160,10 @@ class Server:
             max_context=context,
         )
         texts = AdapterTexts(tokenizer.special_tokens, config.adapter_chat_templates)
-        registry = Registry(
-            store, self.engine, self.metrics, config.import_root, limits, self._lanes, texts
-        )
+        with needed(ServerExit.BAD_CONFIG, "cannot read"):
+            signatures = await asyncio.to_thread(Signatures.open, config.adapter_signatures)
+        shared = (config.import_root, limits, self._lanes, texts, signatures)
+        registry = Registry(store, self.engine, self.metrics, *shared)
         self._closing.push_async_callback(registry.close)
         with needed(ServerExit.STORE_UNUSABLE, "cannot read the store"):
             await registry.open()

@@ -21,6 +21,7 @@ from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.engine.process.pulse import BEAT_SECONDS
 from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
+from loraplex_server.runtime.hub import OFFLINE
 from loraplex_server.settings import ServerSettings
 
 
@@ -148,9 +149,12 @@ class Config(ServerSettings):
         }
 
     def trainer_environment(self, outer: Mapping[str, str]) -> dict[str, str]:
-        """Variables for the trainer, which computes where the first of several engines does."""
+        """Variables for the trainer, which computes where the first of several engines does.
+
+        It finds the base model where the engine has put it.
+        """
         there = self.placements[0].environment(outer) if self.placements else {}
-        return {**there, CORE_DUMPS_VARIABLE: str(self.core_dumps).lower()}
+        return {**there, **OFFLINE, CORE_DUMPS_VARIABLE: str(self.core_dumps).lower()}
 
     @property
     def engine_device(self) -> Literal["auto", "cpu", "cuda"]:

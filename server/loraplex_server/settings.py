@@ -116,6 +116,9 @@ class ServerSettings(BaseSettings):
     audit_log: PathOrNone = None
     """File to which a line of JSON is added for every call that changes something, and for every
     refused credential. If empty, these lines go to the log."""
+    adapter_signatures: PathOrNone = None
+    """TOML file of the policy of signatures: which keys may sign for which names. It is read again
+    for every registration. If empty, adapters need no signature."""
 
     memory_limit: ByteSize = ByteSize(0)
     """Memory that all processes of the server may use together; near it, what would need more is

@@ -15,8 +15,7 @@ import pytest
 import sqlalchemy as sa
 from adapters.adapter_files import BASE
 from adapters.stores import DATABASES, refusal
-from loraplex_adapters.store import Store
-from loraplex_adapters.store import store as store_module
+from loraplex_adapters.store import Store, staging
 
 from adapters import stores
 
@@ -72,12 +71,12 @@ def test_everything_is_there_again_after_reopening(
 def test_provenance_and_the_base_are_kept_with_the_version(
     store: Store, sources: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = store_module.inspect
+    real = staging.inspect
 
     def stamped(*args: Any) -> Any:
         return replace(real(*args), virtual_tokens=8, provenance={"trainer": "t", "data": "d"})
 
-    monkeypatch.setattr(store_module, "inspect", stamped)
+    monkeypatch.setattr(staging, "inspect", stamped)
     store.register("a", sources[0], BASE)
     kept = store.resolve("a")
     assert kept.provenance == {"trainer": "t", "data": "d"}

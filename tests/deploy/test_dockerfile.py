@@ -82,30 +82,6 @@ def test_the_image_has_no_cpp_compiler_and_finds_the_kernels_that_were_built(tar
     assert ("gcc" in installed) == (target == "cuda")
 
 
-def dependencies(extras: str) -> set[str]:
-    """What the program in the Dockerfile writes for a list of extras."""
-    line = next(rest for word, rest in instructions() if word == "RUN" and "tomllib" in rest)
-    program = re.search(r"python -c '([^']+)' > dependencies\.txt", line).group(1)
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT, env={"EXTRAS": extras}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return set(done.stdout.split("\n")) - {""}
-
-
-def test_the_layer_of_dependencies_names_those_of_the_server_and_of_every_extra() -> None:
-    extras = next(rest for word, rest in instructions() if word == "ARG" and "EXTRAS" in rest)
-    named = dependencies(extras.partition("=")[2].strip('"'))
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = set(declared["dependencies"])
-    # Several servers share an index on PostgreSQL, and the trainer is started by the server.
-    for extra in ("server", "postgres", "train"):
-        wanted |= set(declared["optional-dependencies"][extra])
-    assert named == {each for each in wanted if not each.startswith("loraplex[")}
-    assert not any(requirement.startswith("pytest") for requirement in named)
-    assert any(each.startswith("pyarrow") for each in dependencies("server data"))
-
-
 def test_what_is_copied_is_in_the_repository_and_in_the_build_context() -> None:
     allowed = {
         line[1:]

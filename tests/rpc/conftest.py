@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from server import outbound
+
 TESTS = str(Path(__file__).resolve().parents[1])
 
 
@@ -17,3 +19,11 @@ def _engine_finds_the_oracle() -> Iterator[None]:
         patch.setenv("PYTHONPATH", os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")]))
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nobody_is_reached() -> Iterator[None]:
+    """The front process connects to no other machine in any of these tests."""
+    with outbound.watched() as found:
+        yield
+    assert found == []

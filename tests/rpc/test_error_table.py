@@ -20,12 +20,14 @@ from loraplex.v1 import (
     training_pb2,
     training_pb2_grpc,
 )
+from loraplex_adapters.signing import read_policy
 from loraplex_adapters.store import Store
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.access.principals import Principal
 from loraplex_server.access.roles import Role
 from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.registry import name_cache
+from loraplex_server.registry.signatures import Signatures
 from loraplex_server.rpc.calls.access import AccessCheck, credentials_of
 from loraplex_server.rpc.calls.errors import TABLE, Detail
 from loraplex_server.rpc.calls.gate import CallGate
@@ -49,6 +51,8 @@ from rpc.harness import (
 from rpc.principals import acting, limited
 from rpc.training_jobs import order, settings
 from security.callers import Callers, key, principal
+
+from adapters import keys
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -145,6 +149,15 @@ async def adapter_invalid(up: Running, patch: pytest.MonkeyPatch) -> None:
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
     await register(up, "torn")
+
+
+@raises(Reason.SIGNATURE_INVALID)
+async def signature_invalid(up: Running, patch: pytest.MonkeyPatch) -> None:
+    keys.make_key(up.folder / "keys", "release")
+    policy = read_policy(keys.write_policy(up.folder / "keys", release=[""]))
+    patch.setattr(Signatures, "_policy", lambda self: policy)
+    import_adapter(up, "unsigned")
+    await register(up, "unsigned")
 
 
 @raises(Reason.ADAPTER_UNSUPPORTED)

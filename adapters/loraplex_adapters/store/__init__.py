@@ -13,6 +13,7 @@ from loraplex_adapters.store.index.rebases import Rebase
 from loraplex_adapters.store.index.records import Alias, Page, Quarantine, Record
 from loraplex_adapters.store.index.selector import EVERYTHING, NOTHING, LabelSelector
 from loraplex_adapters.store.index.texts import VersionText
+from loraplex_adapters.store.staging import Approval
 from loraplex_adapters.store.store import Store
 from loraplex_adapters.store.survey import Surveyed, Verified, survey_at
 
@@ -21,6 +22,7 @@ __all__ = [
     "NOTHING",
     "Alias",
     "Allotment",
+    "Approval",
     "Collected",
     "Holding",
     "LabelSelector",

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from loraplex_model.base.info import BaseInfo
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import Refusal
 
 from loraplex_adapters.format.digest import digest_hex
 from loraplex_adapters.format.examine import examine_header, inspect
 from loraplex_adapters.format.files import Directory, opened
-from loraplex_adapters.format.spec import AdapterLimits, CheckedAdapter
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import garbage
 from loraplex_adapters.store.disk import locked
 from loraplex_adapters.store.files.blobs import Blobs
@@ -32,6 +30,7 @@ from loraplex_adapters.store.index.rebases import Rebase, Rebases
 from loraplex_adapters.store.index.records import Alias, Page, Quarantine, Record
 from loraplex_adapters.store.index.selector import EVERYTHING, LabelSelector
 from loraplex_adapters.store.index.texts import VersionText
+from loraplex_adapters.store.staging import Approval, staged
 from loraplex_adapters.store.survey import Surveyed, Verified, survey
 
 DEFAULT_PAGE = 100
@@ -98,16 +97,19 @@ class Store:
         text: VersionText | None = None,
         seen: LabelSelector = EVERYTHING,
         allotment: Allotment | None = None,
+        approve: Approval | None = None,
     ) -> tuple[Record, bool]:
         """Checks and copies the adapter in `source` and points `name` to it, as a new version.
 
         Returns the version, and whether it is new: False if `name` already points to this content;
         `labels` are then added to those that the version has, and the version is recorded for
         `base`. The check that decides reads the copy, so that later changes of the files have no
-        effect; the version has its `notes`. Content with another `text` is another version.
+        effect; the version has its `notes`. `approve` checks the copy further. Content with another
+        `text` is another version.
         Raises Refusal: FIELD_INVALID (name, labels, text), ADAPTER_CONFLICT (the name points to
         other content and `replace` is not set, or it is an alias), ADAPTER_INVALID (field "digest":
-        the digest is not `expected_digest`), QUOTA_EXCEEDED, and as `format.examine.inspect` does.
+        the digest is not `expected_digest`), QUOTA_EXCEEDED, as `format.examine.inspect` and as
+        `approve` do.
         """
         check_name(name)
         checked = check_labels(labels or {})
@@ -120,11 +122,11 @@ class Store:
             # Checked first without the weights, before gigabytes are copied.
             if findings := examine_header(src, base, limits).findings:
                 raise Refusal.of(findings)
-            with self._staged(src, base, limits, expected_digest) as (spec, place):
+            with staged(self._blobs, src, base, limits, expected_digest, approve) as made:
                 record, created = self._index.point(
-                    name, spec, base, checked, replace, place, text, seen, allotment
+                    name, made.spec, base, checked, replace, made.place, text, seen, allotment
                 )
-                return record.noted(spec.notes), created
+                return record.noted((*made.spec.notes, *made.notes)), created
 
     def admit(
         self,
@@ -132,6 +134,7 @@ class Store:
         base: BaseInfo,
         limits: AdapterLimits | None = None,
         expected_digest: str = "",
+        approve: Approval | None = None,
     ) -> str:
         """Checks and copies the adapter in `source` without naming it; returns its digest.
 
@@ -140,27 +143,14 @@ class Store:
         """
         if expected_digest:
             digest_hex(expected_digest)
+        limits = limits or AdapterLimits()
         with (
             opened(source) as src,
-            self._staged(src, base, limits or AdapterLimits(), expected_digest) as (spec, place),
+            staged(self._blobs, src, base, limits, expected_digest, approve) as made,
             self._database.writing(),
         ):
-            place()
-            return spec.digest
-
-    @contextmanager
-    def _staged(
-        self, source: Directory, base: BaseInfo, limits: AdapterLimits, expected_digest: str
-    ) -> Iterator[tuple[CheckedAdapter, Callable[[], bool]]]:
-        """A checked copy, removed at the end unless placed, and what places it in a change."""
-        with self._blobs.staged(source, limits.max_weights_bytes) as copy:
-            spec = inspect(copy, base, limits)
-            if expected_digest not in ("", spec.digest):
-                message = f"the digest is {spec.digest}, not {expected_digest}"
-                raise Refusal(Reason.ADAPTER_INVALID, message, "digest")
-            # Read here and not in the change of the index, which excludes all other changes.
-            keep = self._blobs.is_intact(spec.digest)
-            yield spec, partial(self._blobs.place, copy, spec.digest, keep=keep)
+            made.place()
+            return made.spec.digest
 
     def resolve(self, adapter_id: str, seen: LabelSelector = EVERYTHING) -> Record:
         """Returns the version that an id means now.
@@ -343,6 +333,7 @@ class Store:
         seen: LabelSelector = EVERYTHING,
         owner: str | None = None,
         allotment: Allotment | None = None,
+        approve: Approval | None = None,
     ) -> tuple[Record, bool]:
         """Registers an upload whose digest is `expected_digest` ("" for any), and removes it.
 
@@ -352,7 +343,12 @@ class Store:
         with self.uploads.reading(upload_id, owner, remove=True) as source:
             terms = (name, source, base, limits, replace, labels)
             return self.register(
-                *terms, expected_digest=expected_digest, text=text, seen=seen, allotment=allotment
+                *terms,
+                expected_digest=expected_digest,
+                text=text,
+                seen=seen,
+                allotment=allotment,
+                approve=approve,
             )
 
     def path(self, digest: str) -> Path:

@@ -33,6 +33,7 @@ def register(
     label: options.Labels = None,
     chat_template: options.ChatTemplate = None,
     eos_token_id: options.EosTokenIds = None,
+    signature: options.Signature = None,
 ) -> None:
     """Copy an adapter from the server's import root into its store and register it as NAME."""
     labels = options.parse_pairs(label)
@@ -43,6 +44,7 @@ def register(
         labels=labels,
         chat_template=options.read_template(chat_template),
         eos_token_ids=eos_token_id or (),
+        signature=options.read_signature(signature),
     )
     session.show(done, output.write_registration)
 

@@ -90,6 +90,17 @@ EosTokenIds = Annotated[
         min=0,
     ),
 ]
+Signature = Annotated[
+    Path | None,
+    option(
+        "Registration",
+        "Local file of a signature (`loraplex-server sign`), if the operator requires one.",
+        "--signature",
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+    ),
+]
 
 Adapter = Annotated[
     str | None,
@@ -137,6 +148,14 @@ def read_template(path: Path | None) -> str:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
+def read_signature(path: Path | None) -> bytes:
+    """Reads the file of a signature; b"" without one. Raises BadParameter."""
+    try:
+        return path.read_bytes() if path is not None else b""
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error}") from None
 
 
 def parse_pairs(terms: Iterable[str] | None) -> dict[str, str]:

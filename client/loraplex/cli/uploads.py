@@ -60,6 +60,7 @@ def upload(
     label: options.Labels = None,
     chat_template: options.ChatTemplate = None,
     eos_token_id: options.EosTokenIds = None,
+    signature: options.Signature = None,
     resume: Annotated[
         str, option("Registration", "Resume the interrupted upload ID.", metavar="ID")
     ] = "",
@@ -77,6 +78,7 @@ def upload(
             labels=labels,
             chat_template=options.read_template(chat_template),
             eos_token_ids=eos_token_id or (),
+            signature=options.read_signature(signature),
             upload_id=upload_id,
             progress=show,
         )

@@ -156,7 +156,7 @@ class Adapter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., peft_type: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., state: _Optional[_Union[AdapterState, str]] = ..., device_bytes: _Optional[int] = ..., active_requests: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_model: _Optional[str] = ..., tier: _Optional[_Union[AdapterTier, str]] = ..., host_bytes: _Optional[int] = ..., merged_bytes: _Optional[int] = ..., pinned: _Optional[bool] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., aliases: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., provenance: _Optional[_Mapping[str, str]] = ..., virtual_tokens: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., base_name: _Optional[str] = ..., unservable: _Optional[_Union[AdapterFinding, _Mapping]] = ..., devices: _Optional[_Iterable[str]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., chat_template_sha256: _Optional[str] = ..., invocation_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RegisterAdapterRequest(_message.Message):
-    __slots__ = ("name", "path", "replace", "load", "labels", "chat_template", "eos_token_ids")
+    __slots__ = ("name", "path", "replace", "load", "labels", "chat_template", "eos_token_ids", "signature")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +171,7 @@ class RegisterAdapterRequest(_message.Message):
     LABELS_FIELD_NUMBER: _ClassVar[int]
     CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     replace: bool
@@ -178,7 +179,8 @@ class RegisterAdapterRequest(_message.Message):
     labels: _containers.ScalarMap[str, str]
     chat_template: str
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., replace: _Optional[bool] = ..., load: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., chat_template: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    signature: bytes
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., replace: _Optional[bool] = ..., load: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., chat_template: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class RegisterAdapterResponse(_message.Message):
     __slots__ = ("adapter", "created", "notes")
@@ -357,7 +359,7 @@ class UploadAdapterRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., chunk: _Optional[_Union[UploadChunk, _Mapping]] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
-    __slots__ = ("upload_id", "name", "config_size", "weights_size", "expected_digest", "replace", "load", "labels", "stage_only", "chat_template", "eos_token_ids", "other_files")
+    __slots__ = ("upload_id", "name", "config_size", "weights_size", "expected_digest", "replace", "load", "labels", "stage_only", "chat_template", "eos_token_ids", "other_files", "signature")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -377,6 +379,7 @@ class UploadHeader(_message.Message):
     CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     OTHER_FILES_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     upload_id: str
     name: str
     config_size: int
@@ -389,7 +392,8 @@ class UploadHeader(_message.Message):
     chat_template: str
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     other_files: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, upload_id: _Optional[str] = ..., name: _Optional[str] = ..., config_size: _Optional[int] = ..., weights_size: _Optional[int] = ..., expected_digest: _Optional[str] = ..., replace: _Optional[bool] = ..., load: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., stage_only: _Optional[bool] = ..., chat_template: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., other_files: _Optional[_Iterable[str]] = ...) -> None: ...
+    signature: bytes
+    def __init__(self, upload_id: _Optional[str] = ..., name: _Optional[str] = ..., config_size: _Optional[int] = ..., weights_size: _Optional[int] = ..., expected_digest: _Optional[str] = ..., replace: _Optional[bool] = ..., load: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., stage_only: _Optional[bool] = ..., chat_template: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., other_files: _Optional[_Iterable[str]] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class UploadChunk(_message.Message):
     __slots__ = ("file", "offset", "data")

@@ -50,6 +50,8 @@ class Reason(StrEnum):
     """The name is taken by other bytes, and `replace` was not set."""
     ADAPTER_INVALID = auto()
     """The adapter's files are damaged or contradict each other."""
+    SIGNATURE_INVALID = auto()
+    """The adapter has no signature that the operator's policy accepts for its name."""
     ADAPTER_UNSUPPORTED = auto()
     """The adapter uses an option that is not served."""
     BASE_MODEL_MISMATCH = auto()
@@ -80,6 +82,12 @@ class Reason(StrEnum):
     """The disk of the adapter store is full."""
     STORE_UNAVAILABLE = auto()
     """The adapter store cannot be read or written."""
+    STORE_EXISTS = auto()
+    """A backup is recovered only into a new store, and there is one already."""
+    BACKUP_INVALID = auto()
+    """The backup is damaged, not whole, of another store, or of another version."""
+    BACKUP_FAILED = auto()
+    """The directory of a backup cannot be read or written, or holds something else."""
 
     # exports and conversions
     EXPORT_UNSUPPORTED = auto()

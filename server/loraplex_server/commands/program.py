@@ -9,7 +9,15 @@ from typing import Annotated
 
 import typer
 
-from loraplex_server.commands import doctor, export_cli, keys_cli, serve, store_cli, support_matrix
+from loraplex_server.commands import (
+    doctor,
+    export_cli,
+    keys_cli,
+    serve,
+    store_cli,
+    support_matrix,
+)
+from loraplex_server.commands.adapter_files import backup, sign
 from loraplex_server.commands.flags import ALL_SETTINGS, with_settings
 from loraplex_server.config import Config
 from loraplex_server.exits import ServerExit
@@ -49,6 +57,8 @@ serve.add_to(app)
 app.command("doctor")(with_settings(examine, ALL_SETTINGS))
 app.command("support-matrix")(support_matrix.print_matrix)
 export_cli.add_commands(app)
+app.command("sign")(sign.sign_adapter)
+backup.add_commands(store_cli.app)
 app.add_typer(store_cli.app, name="store")
 app.add_typer(keys_cli.app, name="keys")
 

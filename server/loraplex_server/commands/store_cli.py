@@ -23,6 +23,8 @@ from loraplex_server.commands.checks import adapter_limits
 from loraplex_server.commands.flags import own_parameters, parameter, with_settings
 from loraplex_server.config import Config
 from loraplex_server.exits import ServerExit
+from loraplex_server.registry.signatures import Signatures
+from loraplex_server.registry.terms import RegistrationTerms
 from loraplex_server.runtime.failures import for_operator
 
 _DAY = 24 * 3600.0
@@ -45,13 +47,18 @@ class Shell:
 
     def show(self, value: Any, *readable: RenderableType) -> None:
         """Prints `value` as JSON if `--json` was given, otherwise `readable`."""
-        if self.as_json:
-            typer.echo(json.dumps(value, default=tables.plain, ensure_ascii=False))
-            return
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console.width = _PIPE_COLUMNS
-        console.print(*readable, sep="\n")
+        show(self.as_json, value, *readable)
+
+
+def show(as_json: bool, value: Any, *readable: RenderableType) -> None:
+    """Prints `value` as JSON for programs, otherwise `readable` for people."""
+    if as_json:
+        typer.echo(json.dumps(value, default=tables.plain, ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _PIPE_COLUMNS
+    console.print(*readable, sep="\n")
 
 
 Labels = Annotated[
@@ -82,7 +89,7 @@ def _command(
                 with Store(config.store, config.store_url.get_secret_value()) as store:
                     work(Shell(store, config, as_json), **arguments)
             except Refusal as refusal:
-                _fail(refusal)
+                fail(refusal)
 
         run.__doc__ = work.__doc__
         own = [*own_parameters(work), _JSON]
@@ -117,7 +124,7 @@ def ls(
     )
 
 
-@_command("import", "model", "max_adapter_file", creates=True)
+@_command("import", "model", "max_adapter_file", "adapter_signatures", creates=True)
 def import_(
     shell: Shell,
     directory: Annotated[
@@ -131,6 +138,7 @@ def import_(
     label: Labels = None,
     chat_template: store_import.TemplateFile = None,
     eos_token_id: store_import.EndTokens = None,
+    signature: store_import.SignatureFile = None,
     convert: store_import.Convert = False,
     rank: store_import.Rank = None,
     alpha: store_import.Alpha = None,
@@ -142,6 +150,9 @@ def import_(
     conversion.check()
     labels = _labels(label)
     text = VersionText.of(store_import.read_template(chat_template), eos_token_id or ())
+    signed = store_import.read_signature(signature)
+    terms = RegistrationTerms(name, text=text, signature=signed)
+    approve = Signatures(shell.config.adapter_signatures).approval(terms)
     base, limits = _base(shell.config)
     done = store_import.import_adapter(
         shell.store,
@@ -154,6 +165,7 @@ def import_(
         text=text,
         conversion=conversion,
         dry_run=dry_run,
+        approve=approve,
     )
     shell.show(done.value, *done.lines)
 
@@ -352,7 +364,8 @@ def _labels(texts: list[str] | None) -> dict[str, str]:
     return labels
 
 
-def _fail(refusal: Refusal) -> NoReturn:
+def fail(refusal: Refusal) -> NoReturn:
+    """Prints everything that is wrong, and ends the command with the reason's exit code."""
     if len(refusal.problems) == 1:
         typer.echo(f"error: {refusal.reason}: {for_operator(refusal)}", err=True)
     else:

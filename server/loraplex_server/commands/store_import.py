@@ -14,7 +14,7 @@ from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.files import open_directory
 from loraplex_adapters.format.foreign.notes import MAX_NOTED_FILES, folder_notes
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Store, VersionText
+from loraplex_adapters.store import Approval, Store, VersionText
 from loraplex_model.base.info import BaseInfo
 
 from loraplex_server.commands import store_tables as tables
@@ -57,6 +57,15 @@ EndTokens = Annotated[
     ),
 ]
 
+SignatureFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--signature",
+        metavar="FILE",
+        help="Signature of the adapter, if --adapter-signatures needs one.",
+    ),
+]
+
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
@@ -92,21 +101,35 @@ def import_adapter(
     text: VersionText,
     conversion: Conversion,
     dry_run: bool,
+    approve: Approval | None = None,
 ) -> Imported:
     """Registers an adapter, or with `dry_run` only checks it. Raises Refusal as the store does."""
     with _converted(directory, base, limits, conversion) as (source, changes):
         also = {"converted": changes} if conversion.wanted else {}
         if dry_run:
             digest = inspect(source, base, limits).digest
+            if approve is not None:
+                approve(source)
             value = {"dry_run": True, "name": name, "digest": digest, **also}
             return Imported(value, (*changes, f"{name} {digest} would be registered"))
-        record, created = store.register(name, source, base, limits, replace, labels, text=text)
+        record, created = store.register(
+            *(name, source, base, limits, replace, labels), text=text, approve=approve
+        )
     with open_directory(directory) as opened:
         notes = folder_notes(opened.names(MAX_NOTED_FILES), bool(text.chat_template))
     notes += record.notes
     done = f"{record.id} {record.digest}" + ("" if created else " (registered already)")
     value = {**tables.plain(record), "created": created, "notes": notes, **also}
     return Imported(value, (*changes, done, *(f"note: {note}" for note in notes)))
+
+
+def read_signature(path: Path | None) -> bytes:
+    """The bytes of a signature's file; b"" for None. Raises BadParameter."""
+    try:
+        return path.read_bytes() if path is not None else b""
+    except OSError as error:
+        text = f"{path} cannot be read: {error.strerror}"
+        raise typer.BadParameter(text, param_hint="--signature") from None
 
 
 def read_template(path: Path | None) -> str:

@@ -28,6 +28,7 @@ from loraplex_server.registry.census import Census
 from loraplex_server.registry.feed import AdapterFeed
 from loraplex_server.registry.freshness import unanswered
 from loraplex_server.registry.names import AdapterNames
+from loraplex_server.registry.signatures import Signatures
 from loraplex_server.registry.sources import ImportedFolder, Source
 from loraplex_server.registry.terms import Registered, RegistrationTerms, usable
 from loraplex_server.registry.texts import AdapterTexts
@@ -66,6 +67,7 @@ class Registry:
         limits: AdapterLimits,
         lanes: Lanes | None = None,
         texts: AdapterTexts | None = None,
+        signatures: Signatures | None = None,
     ) -> None:
         self.lanes = lanes or Lanes()
         self.store = store
@@ -77,6 +79,7 @@ class Registry:
         self._names = AdapterNames(count_changes, self._look_up)
         watch_names(metrics, self._names)
         self._texts = texts or AdapterTexts()
+        self.signatures = signatures or Signatures()
         self.feed = AdapterFeed(self._catalogue, count_changes)
         self.census = Census(partial(self.lanes.survey.run, store.survey), self._base, metrics)
 
@@ -199,6 +202,7 @@ class Registry:
                     text=terms.text,
                     seen=terms.seen,
                     allotment=terms.allotment,
+                    approve=self.signatures.approval(terms),
                 )
 
         return await self._name(terms, source, record, lane or self.lanes.registrations)
@@ -221,6 +225,7 @@ class Registry:
                 seen=terms.seen,
                 owner=owner,
                 allotment=terms.allotment,
+                approve=self.signatures.approval(terms),
             )
 
         source = partial(self.store.uploads.reading, upload_id, owner)
@@ -246,9 +251,9 @@ class Registry:
 
             def admit() -> AdapterRef:
                 with source() as opened:
-                    digest = self.store.admit(
-                        opened, self._base(), self._limits, terms.expected_digest
-                    )
+                    approve = self.signatures.approval(terms)
+                    known = (terms.expected_digest, approve)
+                    digest = self.store.admit(opened, self._base(), self._limits, *known)
                 held = self.store.quarantined().get(digest)
                 if held is not None:
                     raise Refusal.of([servable.held_back(terms.name, held)])
@@ -302,6 +307,7 @@ class Registry:
         """
 
         def work() -> Record:
+            self.signatures.require_alias(alias, lambda: self.store.resolve(adapter_id, seen).name)
             pointed = self.store.set_alias(alias, adapter_id, expected, seen)
             return self.store.get(pointed.name, pointed.version)
 

@@ -18,7 +18,8 @@ class RegistrationTerms:
     With `load`, a name that is replaced moves to the new content only once that is on the device,
     so that no request waits for it. If it cannot be loaded, the name does not move. A name that is
     used for a version outside of `seen` is not taken. `copies` is as in `Registered`; `allotment`
-    is what the caller may have in the store.
+    is what the caller may have in the store. `signature` is the file of a signature, b"" without
+    one; `trained` says that this server made the adapter.
     """
 
     name: str
@@ -30,6 +31,8 @@ class RegistrationTerms:
     seen: LabelSelector = EVERYTHING
     copies: str = ""
     allotment: Allotment | None = None
+    signature: bytes = b""
+    trained: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,10 +34,11 @@ class RegistryDestination:
         self._principals = principals
 
     async def check(self, order: JobOrder, principal: Principal) -> None:
-        """Raises Refusal(ADAPTER_CONFLICT) if the adapter's name or its alias is taken.
+        """Raises Refusal if the adapter could not be registered later.
 
-        For a version that the principal does not see, it is PERMISSION_DENIED; for more adapters
-        than the principal may have, QUOTA_EXCEEDED.
+        ADAPTER_CONFLICT: its name or its alias is taken; PERMISSION_DENIED: by a version that the
+        principal does not see. SIGNATURE_INVALID: it needs a signature. QUOTA_EXCEEDED: the
+        principal may not have so many adapters.
         """
         known = await self._find(order.name, principal)
         if known is not None and known.record.name != order.name:
@@ -47,6 +48,7 @@ class RegistryDestination:
                 f"there is an adapter {order.name!r}; set `replace` to register a new version of it"
             )
             raise _conflict(order.name, text)
+        await self._require_signatures(order)
         if order.alias:
             known = await self._find(order.alias, principal)
             if known is not None and known.record.name == order.alias:
@@ -71,6 +73,7 @@ class RegistryDestination:
             seen=LabelSelector.parse(owner.seen),
             copies=owner.copies,
             allotment=None if principal is None else allotment_of(principal),
+            trained=True,
         )
         try:
             adapter = await self._register(folder, terms)
@@ -103,6 +106,19 @@ class RegistryDestination:
                 if pause is None:
                     raise _refusal(error, terms.name) from error
             await asyncio.sleep(pause)
+
+    async def _require_signatures(self, order: JobOrder) -> None:
+        signatures = self._registry.signatures
+
+        def work() -> None:
+            signatures.require_trained(order.name)
+            if order.alias:
+                signatures.require_alias(order.alias, lambda: order.name)
+
+        try:
+            await self._registry.lanes.training.run(work)
+        except Refusal as error:
+            raise _refusal(error, order.name) from error
 
     async def _find(self, name: str, principal: Principal) -> Registered | None:
         """What a name or an alias means. Raises Refusal(PERMISSION_DENIED) if that is hidden."""

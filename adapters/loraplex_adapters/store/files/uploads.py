@@ -105,6 +105,7 @@ class Uploads:
         self._root = root / "uploads"
         self._bounds = bounds
         self._limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: bounds.max_weights_bytes}
+        self._clock = time.time() - time.monotonic()
         with disk_errors():
             make_directory(self._root)
 
@@ -227,7 +228,7 @@ class Uploads:
             except OSError:  # in use, or removed meanwhile
                 continue
             try:
-                if time.time() > self._described(upload_id).expires:
+                if self._now() > self._described(upload_id).expires:
                     expired.append(upload_id)
                     if not dry_run:
                         self._remove(folder)
@@ -236,6 +237,13 @@ class Uploads:
             finally:
                 os.close(owner)
         return tuple(expired)
+
+    def _now(self) -> float:
+        """The time of day, less any jump forward since the start.
+
+        A clock that is set forward would otherwise end uploads that are going on.
+        """
+        return min(time.time(), self._clock + time.monotonic())
 
     def clear(self) -> None:
         """Finishes removals that a crash interrupted."""

@@ -214,7 +214,8 @@ class Index:
             deleted = sa.select(_versions.version, _versions.deleted_at).where(
                 of_name, _versions.deleted_at.is_not(None)
             )
-            latest = deleted.order_by(_versions.deleted_at.desc(), _versions.version.desc())
+            # The last deletion has the highest version. Times cannot tell: a clock may be set back.
+            latest = deleted.order_by(_versions.version.desc())
             last = connection.execute(latest).first()
             if last is None or not lookup.is_seen(connection, name, last.version, seen):
                 raise lookup.not_found(name)

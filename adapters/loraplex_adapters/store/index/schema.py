@@ -125,19 +125,20 @@ def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) ->
     `known_id` is the id in the store's directory, None if there is none. Raises
     Refusal(STORE_UNAVAILABLE) for an index of another version, or of another store.
     """
-    version = _version(connection)
-    if version not in (0, 1, SCHEMA_VERSION):
-        raise unavailable("the adapter store was written by another version of the server")
-    if version == 0 and known_id is not None and has_blobs:
+    found = version(connection)
+    require_not_newer(found)
+    if found not in (0, 1, SCHEMA_VERSION):
+        raise unavailable("the adapter store's index is damaged: it does not say its version")
+    if found == 0 and known_id is not None and has_blobs:
         raise unavailable(
             "the adapter store has adapters, but its index is empty: restore the index, or remove "
             "the file store-id to begin with an empty index"
         )
-    if version < SCHEMA_VERSION:
-        if version == 1:
+    if found < SCHEMA_VERSION:
+        if found == 1:
             _add_columns(connection)
             _add_ignorable(connection)
-        tables.create_all(connection)
+        create(connection)
         reach("store.index.migrate")
         store_id = known_id or uuid.uuid4().hex
         rows = [
@@ -146,8 +147,6 @@ def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) ->
             {"key": _CHANGES, "value": "0"},
         ]
         connection.execute(sa.insert(meta), rows)
-        if connection.dialect.name == "sqlite":
-            connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
         return store_id
     _add_ignorable(connection)
     changes(connection)
@@ -157,10 +156,26 @@ def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) ->
     return recorded
 
 
+def require_not_newer(found: int) -> None:
+    """Raises Refusal(STORE_UNAVAILABLE) for an index that only newer servers can read."""
+    if found > SCHEMA_VERSION:
+        raise unavailable(
+            f"the adapter store was written by a newer version of the server: its index is of "
+            f"version {found}, and this server reads versions 1 to {SCHEMA_VERSION}"
+        )
+
+
+def create(connection: sa.Connection) -> None:
+    """Makes the tables that are missing, without rows, and notes the version for SQLite."""
+    tables.create_all(connection)
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
 def is_current(connection: sa.Connection) -> bool:
     """Whether the index has all tables and columns; otherwise `prepare` will add them."""
     present = sa.inspect(connection)
-    return present.has_table(version_texts.name) and _version(connection) == SCHEMA_VERSION
+    return present.has_table(version_texts.name) and version(connection) == SCHEMA_VERSION
 
 
 def changes(connection: sa.Connection) -> int:
@@ -180,7 +195,8 @@ def count_change(connection: sa.Connection) -> None:
     connection.execute(sa.update(meta).where(meta.c.key == _CHANGES).values(values))
 
 
-def _version(connection: sa.Connection) -> int:
+def version(connection: sa.Connection) -> int:
+    """Version of the index: 0 if there is none, -1 if it is damaged."""
     present = sa.inspect(connection)
     if present.has_table(meta.name):
         text = _meta(connection, _VERSION)

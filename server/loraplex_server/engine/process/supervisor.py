@@ -25,6 +25,7 @@ from loraplex_server.engine.process.child import EngineProcess, SpawnedEngine
 from loraplex_server.engine.process.identity import BaseChanged, differences, tokenizer_digests
 from loraplex_server.engine.process.limits import RestartPolicy, SupervisionLimits
 from loraplex_server.engine.process.pulse import Hang, PulseCheck
+from loraplex_server.runtime.hub import OFFLINE
 from loraplex_server.runtime.watched import WatchedTask
 
 STOP_SECONDS = 5.0
@@ -127,6 +128,7 @@ class Supervisor:
         """Starts the first process, and from then on replaces it. Raises `Refusal`."""
         begun = time.monotonic()
         self.hello = await self._start(self._limits.start)
+        self._environment = {**(self._environment or {}), **OFFLINE}
         took = time.monotonic() - begun
         self._restart_seconds = max(self._limits.restart, RESTART_FACTOR * took)
         try:

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeAlias
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
+from loraplex_adapters.signing import MAX_BUNDLE_BYTES
 from loraplex_adapters.store.index.texts import MAX_TEMPLATE_BYTES
 from loraplex_model.base.refusal import Problem
 
@@ -111,6 +112,7 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
             "RegisterAdapterRequest.name": MAX_NAME,
             "RegisterAdapterRequest.path": MAX_PATH_BYTES,
             "RegisterAdapterRequest.chat_template": MAX_TEMPLATE_BYTES,
+            "RegisterAdapterRequest.signature": MAX_BUNDLE_BYTES,
             "RegisterAdapterRequest.LabelsEntry.key": MAX_NAME,
             "RegisterAdapterRequest.LabelsEntry.value": MAX_LABEL_VALUE,
             "GetAdapterRequest.adapter_id": MAX_NAME,
@@ -134,6 +136,7 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
             "UploadHeader.name": MAX_NAME,
             "UploadHeader.expected_digest": MAX_NAME,
             "UploadHeader.chat_template": MAX_TEMPLATE_BYTES,
+            "UploadHeader.signature": MAX_BUNDLE_BYTES,
             "UploadHeader.other_files": MAX_FILE_NAME,
             "ValidateAdapterRequest.other_files": MAX_FILE_NAME,
             "UploadHeader.LabelsEntry.key": MAX_NAME,

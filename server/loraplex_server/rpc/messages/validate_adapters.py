@@ -8,6 +8,7 @@ from typing import Final
 
 from loraplex.v1 import adapter_pb2
 from loraplex_adapters.format.files import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE
+from loraplex_adapters.signing import MAX_BUNDLE_BYTES
 from loraplex_adapters.store.index.ids import did_you_mean
 from loraplex_adapters.store.index.labels import suggested_key
 from loraplex_adapters.store.index.texts import MAX_EOS_TOKENS, MAX_TEMPLATE_BYTES
@@ -28,6 +29,15 @@ MAX_PAGE: Final = 1000
 MAX_DRAIN_SECONDS: Final = 86_400
 MAX_CHUNK_BYTES: Final = 1 << 20
 
+_OF_A_REGISTRATION: Final = (
+    "name",
+    "replace",
+    "load",
+    "labels",
+    "chat_template",
+    "eos_token_ids",
+    "signature",
+)
 _LABEL_FORM: Final = "the key must match [a-z0-9][a-z0-9._/-]{0,62}"
 _RAISE: Final = "; the server's setting max_adapter_file raises the limit"
 _UPLOAD_FORM: Final = "is not an id of StartUpload"
@@ -111,7 +121,15 @@ def header(header: adapter_pb2.UploadHeader, max_weights_bytes: int) -> list[Pro
     checks = RequestChecks("header.")
     checks.require(not upload_id(header.upload_id), "upload_id", _UPLOAD_FORM)
     if header.stage_only:
-        for field in ("name", "replace", "load", "labels", "chat_template", "eos_token_ids"):
+        for field in (
+            "name",
+            "replace",
+            "load",
+            "labels",
+            "chat_template",
+            "eos_token_ids",
+            "signature",
+        ):
             checks.require(not getattr(header, field), field, "must not be set with `stage_only`")
     else:
         checks.name("name", header.name)
@@ -169,10 +187,12 @@ def labels(field: str, given: Mapping[str, str], checks: RequestChecks) -> None:
 def _texts(
     request: adapter_pb2.RegisterAdapterRequest | adapter_pb2.UploadHeader, checks: RequestChecks
 ) -> None:
-    """Adds the problems of a chat template and end tokens that a version brings."""
+    """Adds the problems of a chat template, end tokens and a signature that a version brings."""
     size, most = len(request.chat_template.encode()), MAX_TEMPLATE_BYTES
     checks.require(size <= most, "chat_template", f"must have at most {most} bytes")
     checks.at_most("eos_token_ids", request.eos_token_ids, MAX_EOS_TOKENS)
+    size, most = len(request.signature), MAX_BUNDLE_BYTES
+    checks.require(size <= most, "signature", f"must have at most {most} bytes")
 
 
 def _files(field: str, names: Sequence[str], checks: RequestChecks) -> None:

@@ -158,6 +158,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             seen=principal.seen,
             copies=principal.copies,
             allotment=await self._uploads.allotment(principal),
+            signature=request.signature,
         )
         source = self._registry.imported(request.path, principal)
         work = self._registry.register(source, terms)

@@ -177,6 +177,7 @@ def _terms(header: adapter_pb2.UploadHeader, principal: Principal) -> Registrati
         VersionText.of(header.chat_template, header.eos_token_ids),
         principal.seen,
         principal.copies,
+        signature=header.signature,
     )
 
 

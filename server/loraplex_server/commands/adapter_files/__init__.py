@@ -1,0 +1,1 @@
+"""Commands on adapters outside of a running store: backups and signatures."""
