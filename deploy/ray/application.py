@@ -25,7 +25,6 @@ from loraplex.v1 import (
     adapter_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
-    model_pb2_grpc,
 )
 from ray import serve
 
@@ -119,7 +118,6 @@ class Servers:
             self._stubs = {
                 "generation": generation_pb2_grpc.GenerationServiceStub(self._channel),
                 "adapters": adapter_pb2_grpc.AdapterServiceStub(self._channel),
-                "model": model_pb2_grpc.ModelServiceStub(self._channel),
                 "health": health_pb2_grpc.HealthStub(self._channel),
             }
         return self._stubs[service]

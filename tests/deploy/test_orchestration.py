@@ -161,6 +161,19 @@ def test_the_commands_of_probes_exist() -> None:
         assert done.returncode == 0, done.stderr
 
 
+def test_the_command_that_fetches_a_model_exists() -> None:
+    (container,) = render("overlays/model-from-hub").pod["initContainers"]
+    program, *words = container["command"]
+    path = Path(sys.executable).with_name(program)
+    done = subprocess.run([path, *words, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    server = render("overlays/model-from-hub").server
+    assert words[words.index("--local-dir") + 1] in {
+        mount["mountPath"] for mount in server["volumeMounts"] if mount["name"] == "model"
+    }
+    assert container["image"] == server["image"]
+
+
 def test_services_reach_the_ports_of_pods(rendered: Rendered) -> None:
     pods_of = {d["metadata"]["name"]: d["spec"]["template"] for d in rendered.of("Deployment")}
     for service in rendered.of("Service"):
