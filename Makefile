@@ -32,7 +32,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model prometheus demo serve train-adapter test test-seams test-field test-families test-real test-sanitized test-triton test-gpu fuzz lint house proto \
-        bench bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
+        bench simulate-scale bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
         lock clean distclean
 
 help: ## Show this list of targets
@@ -133,6 +133,9 @@ bench-peers: setup model ## Compare this server with other programs (PEERS=peft,
 DURATION ?= 1800
 bench-load: setup model ## Put Zipf traffic on this server for DURATION=1800 seconds, then twice its capacity
 	$(BIN)/python bench/bench_load.py --duration $(DURATION) $(ARGS)
+
+simulate-scale: setup ## Simulate 100 servers with 10,000 adapters, with and without routing by adapter (docs/scale.md)
+	$(BIN)/python bench/simulate_scale.py $(ARGS)
 
 bench-step: setup model ## Show where the time of a step goes
 	$(BIN)/python bench/step.py $(ARGS)
