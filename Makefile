@@ -27,12 +27,13 @@ endif
 # The tests' models are tiny: two threads are enough to expose races, more would slow the tests down.
 TEST_THREADS ?= 2
 FUZZ_SECONDS ?= 20
+SOAK_DURATION = $(if $(filter command line,$(origin DURATION)),$(DURATION),300)
 # Arguments for the program that a target runs, for example: make test ARGS='tests/engine -k preempt'
 ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model prometheus demo serve train-adapter test check-observability test-seams test-security test-field test-families check-deploy deploy-rules try-ray test-real test-skew test-sanitized test-triton test-gpu fuzz lint house proto \
-        bench bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-auth bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
+        bench simulate-scale soak bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-auth bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
         lock audit sbom clean distclean
 
 help: ## Show this list of targets
@@ -84,6 +85,10 @@ test: setup model prometheus ## Run the test suite (ARGS='tests/engine -k preemp
 
 check-observability: setup model prometheus ## Ask a real Prometheus for every query of the dashboards and alerts, after traffic of every kind (about a minute)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_observability.py $(ARGS)
+
+# Of the soak: seconds of traffic, four tenths of which are disturbed; and what is served, oracle or default.
+soak: setup model ## Put clients of every kind on a server for DURATION=300 seconds, disturb it, check every answer
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python tests/soak/run.py --duration $(SOAK_DURATION) $(ARGS)
 
 test-seams: setup model ## Run the tests of every fault in docs/faults.md, long ones included (under 10 minutes)
 	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python scripts/seams.py $(ARGS)
@@ -161,6 +166,9 @@ bench-peers: setup model ## Compare this server with other programs (PEERS=peft,
 DURATION ?= 1800
 bench-load: setup model ## Put Zipf traffic on this server for DURATION=1800 seconds, then twice its capacity
 	$(BIN)/python bench/bench_load.py --duration $(DURATION) $(ARGS)
+
+simulate-scale: setup ## Simulate 100 servers with 10,000 adapters, with and without routing by adapter (docs/scale.md)
+	$(BIN)/python bench/simulate_scale.py $(ARGS)
 
 bench-step: setup model ## Show where the time of a step goes
 	$(BIN)/python bench/step.py $(ARGS)

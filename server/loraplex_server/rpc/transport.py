@@ -61,7 +61,9 @@ class ServerTls:
             return _configuration(current)
 
         return grpc.dynamic_ssl_server_credentials(
-            _configuration(used), newer, self._files.client_ca is not None
+            _configuration(used),
+            newer,  # type: ignore[arg-type]  # None keeps the configuration, as gRPC documents
+            self._files.client_ca is not None,
         )
 
     def look(self) -> ServerCertificate:

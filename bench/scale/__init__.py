@@ -1,0 +1,1 @@
+"""A fleet of servers, simulated from the measured costs of one."""
