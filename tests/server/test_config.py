@@ -10,9 +10,9 @@ from loraplex_server.commands.flags import ALL_SETTINGS
 from loraplex_server.commands.program import app
 from loraplex_server.config import Config
 from loraplex_server.config_sources import ConfigError, load
-from loraplex_server.settings import PANELS
 from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.exits import ServerExit
+from loraplex_server.settings import PANELS
 from typer.testing import CliRunner
 
 
