@@ -98,7 +98,7 @@ async def register(
             told = await put(f"first-{path}", path)
             stage.folders[told.digest] = path
             virtual[told.digest] = told.virtual_tokens
-        # Changes of an adapter's place concern its content, so steady names have content of their own.
+        # Changes of a place concern the content, so steady names have content of their own.
         plain = [path for digest, path in stage.folders.items() if not virtual[digest]]
         for name, path in zip(STEADY, plain, strict=False):
             await put(name, path)
