@@ -26,7 +26,7 @@ import load
 import report
 from loraplex import LoraplexError
 from loraplex.v1 import model_pb2
-from loraplex_server.access.key_file import KeyFile
+from loraplex_server.access.identity.key_file import KeyFile
 from measure import BenchmarkError
 from served import Server, ServerError, exit_on_sigterm
 from workload import Popularity, Span, Workload, plan

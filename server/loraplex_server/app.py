@@ -25,8 +25,8 @@ from prometheus_client import (
     ProcessCollector,
 )
 
+from loraplex_server.access.limits.quotas import Quotas
 from loraplex_server.access.principals import Principal
-from loraplex_server.access.quotas import Quotas
 from loraplex_server.config import Config
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.group.group import members
@@ -123,6 +123,11 @@ class Server:
     def manage_address(self) -> Address | None:
         """Address for calls that manage adapters and training jobs, if it is apart."""
         return self.addresses[1] if len(self.addresses) > 1 else None
+
+    def __str__(self) -> str:
+        """Where it listens, as the line that tells that it is ready has it."""
+        manage = f" manage {self.manage_address}" if self.manage_address is not None else ""
+        return f"grpc {self.address} admin {self.admin_address}{manage}"
 
     async def start(self) -> None:
         """Starts all parts; the server is ready when it returns. Raises StartFailure.
@@ -371,7 +376,8 @@ async def _serve(config: Config, engine: SpawnedEngine | None) -> ServerExit:
                 log.warning("the start failed while it was being cancelled: %s", failure)
             return failing.result() if failing.done() else ServerExit.OK
         starting.result()
-        _announce(server, time.monotonic() - began)
+        parts.announce(server.engine, str(server), time.monotonic() - began)
+        service_manager.ready()
         gc.collect()
         gc.freeze()  # imported modules are never freed, so collections need not visit them
         # Python collects fully only once new objects are a quarter of those that the last full
@@ -387,15 +393,3 @@ async def _serve(config: Config, engine: SpawnedEngine | None) -> ServerExit:
             exit_within(CLOSE_SECONDS, failing.result(), kill_engine)
         await server.close()
         log.info("stopped")
-
-
-def _announce(server: Server, seconds: float) -> None:
-    """Prints that the server is ready, and tells the service manager."""
-    model = server.engine.hello.model
-    where = f"grpc {server.address} admin {server.admin_address}"
-    if server.manage_address is not None:
-        where += f" manage {server.manage_address}"
-    devices = ", ".join(member.device for member in members(server.engine))
-    what = f"{model.name} ({model.base.dtype} on {devices})"
-    print(f"ready: {where} model {what} in {seconds:.1f} s", flush=True)
-    service_manager.ready()

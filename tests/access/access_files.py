@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_server.access.credentials import Credentials
-from loraplex_server.access.directory import PrincipalDirectory, open_directory
-from loraplex_server.access.refused import BadCredential
+from loraplex_server.access.identity.credentials import Credentials
+from loraplex_server.access.identity.directory import PrincipalDirectory, open_directory
+from loraplex_server.access.identity.refused import BadCredential
 from loraplex_server.settings import ServerSettings
 
 PRINCIPALS = """

@@ -20,11 +20,11 @@ from access.access_files import (
     why_refused,
 )
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_server.access import directory as module
-from loraplex_server.access.credentials import Credentials
-from loraplex_server.access.directory import open_directory
-from loraplex_server.access.key_file import KeyFile
-from loraplex_server.access.watched_file import WatchedFile
+from loraplex_server.access.identity import directory as module
+from loraplex_server.access.identity.credentials import Credentials
+from loraplex_server.access.identity.directory import open_directory
+from loraplex_server.access.identity.key_file import KeyFile
+from loraplex_server.access.identity.watched_file import WatchedFile
 from loraplex_server.series import Series
 from loraplex_server.settings import ServerSettings
 from prometheus_client import CollectorRegistry

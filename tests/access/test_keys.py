@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loraplex_model.base import durable
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_server.access import keys
-from loraplex_server.access.key_file import KeyFile, read_keys
-from loraplex_server.access.keys import KeyState
-from loraplex_server.access.refused import BadCredential
+from loraplex_server.access.identity import keys
+from loraplex_server.access.identity.key_file import KeyFile, read_keys
+from loraplex_server.access.identity.keys import KeyState
+from loraplex_server.access.identity.refused import BadCredential
 
 
 @pytest.fixture

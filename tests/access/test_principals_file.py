@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loraplex_adapters.store import LabelSelector
 from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_server.access.identity.principals_file import KnownPrincipals, read_principals
 from loraplex_server.access.principals import Principal, PrincipalLimits
-from loraplex_server.access.principals_file import KnownPrincipals, read_principals
 from loraplex_server.access.roles import ALL_ROLES, Role
 
 

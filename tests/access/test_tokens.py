@@ -16,9 +16,14 @@ from hypothesis import strategies as st
 from joserfc import jws, jwt
 from joserfc.jwk import ECKey, Key, KeySet, OctKey, OKPKey, RSAKey
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_server.access.key_file import KeyFile
-from loraplex_server.access.refused import BadCredential
-from loraplex_server.access.tokens import ALGORITHMS, MAX_TOKEN, TokenVerifier, read_key_set
+from loraplex_server.access.identity.key_file import KeyFile
+from loraplex_server.access.identity.refused import BadCredential
+from loraplex_server.access.identity.tokens import (
+    ALGORITHMS,
+    MAX_TOKEN,
+    TokenVerifier,
+    read_key_set,
+)
 
 NOW = int(NOON.timestamp())
 CLAIMS = {"sub": "auth0|7", "exp": NOW + 300}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loraplex import Client, LoraplexError
-from loraplex_server.access.key_file import KeyFile
+from loraplex_server.access.identity.key_file import KeyFile
 from rpc.harness import CRASH, FAULT, NONFINITE, write_adapter, write_prompt
 from rpc.training_jobs import SCRIPT, lines
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import typer
 from docs.commands import blocks
-from loraplex_server.access import principals_file
+from loraplex_server.access.identity import principals_file
+from loraplex_server.access.identity.principals_file import read_principals
+from loraplex_server.access.identity.tokens import ALGORITHMS, LEEWAY
 from loraplex_server.access.principals import PrincipalLimits
-from loraplex_server.access.principals_file import read_principals
 from loraplex_server.access.roles import ALL_ROLES, METHOD_ROLES, OPEN_METHODS, Role
-from loraplex_server.access.tokens import ALGORITHMS, LEEWAY
 from loraplex_server.commands.program import app
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "security.md").read_text()

@@ -17,7 +17,7 @@ import pytest
 import trustme
 from cryptography import x509
 from loraplex.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
-from loraplex_server.access.server_certificate import CertificateFiles
+from loraplex_server.access.identity.server_certificate import CertificateFiles
 from loraplex_server.rpc import transport
 from loraplex_server.series import Series
 from prometheus_client import CollectorRegistry

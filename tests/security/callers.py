@@ -13,10 +13,10 @@ import grpc
 import pytest
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex_adapters.store import LabelSelector
-from loraplex_server.access import refused
-from loraplex_server.access.credentials import Credentials
+from loraplex_server.access.identity import refused
+from loraplex_server.access.identity.credentials import Credentials
+from loraplex_server.access.identity.refused import BadCredential
 from loraplex_server.access.principals import Principal
-from loraplex_server.access.refused import BadCredential
 from loraplex_server.access.roles import ALL_ROLES, Role
 from rpc.harness import Running, running, write_adapter
 

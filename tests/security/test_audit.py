@@ -15,9 +15,14 @@ import grpc
 import pytest
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex.v1 import training_pb2, training_pb2_grpc
-from loraplex_server.access import audit_file
-from loraplex_server.access.audit import REFUSALS_PER_SECOND, AuditEntry, AuditLog, LoggedAudit
-from loraplex_server.access.audit_file import AuditFile
+from loraplex_server.access.audit_log import file as audit_file
+from loraplex_server.access.audit_log.file import AuditFile
+from loraplex_server.access.audit_log.lines import (
+    REFUSALS_PER_SECOND,
+    AuditEntry,
+    AuditLog,
+    LoggedAudit,
+)
 from loraplex_server.access.roles import Role
 from loraplex_server.metrics import Metrics
 from prometheus_client import CollectorRegistry

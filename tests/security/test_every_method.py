@@ -23,7 +23,7 @@ import pytest
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from loraplex_server.access.key_file import KeyFile
+from loraplex_server.access.identity.key_file import KeyFile
 from loraplex_server.access.roles import METHOD_ROLES, OPEN_METHODS, Role, is_managing
 from rpc.certificates import Authority
 from server.test_process import PATH, write_config

@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2_grpc
-from loraplex_server.access.key_file import KeyFile
+from loraplex_server.access.identity.key_file import KeyFile
 from rpc.harness import ask, streamed, write_adapter
 from server.test_process import serving
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from access.access_files import PRINCIPALS
-from loraplex_server.access import keys
-from loraplex_server.access.key_file import KeyFile
+from loraplex_server.access.identity import keys
+from loraplex_server.access.identity.key_file import KeyFile
 from loraplex_server.commands.program import app
 from typer.testing import CliRunner, Result
 

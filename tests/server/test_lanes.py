@@ -117,7 +117,7 @@ def test_no_call_uses_the_executor_that_all_would_share() -> None:
         if any(name in file.read_text() for name in shared)
     }
     # They use it at the start and for files of the operator: for work that no client can cause.
-    assert users <= {"access/directory.py", "app.py", "engine/process/supervisor.py"}
+    assert users <= {"access/identity/directory.py", "app.py", "engine/process/supervisor.py"}
 
 
 async def test_the_interpreters_lock_is_released_sooner_only_while_a_niced_lane_works() -> None:

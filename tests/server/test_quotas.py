@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_server.access.buckets import Bucket
+from loraplex_server.access.limits.buckets import Bucket
+from loraplex_server.access.limits.quotas import PAUSE_SECONDS, UNCOMPUTED, Allowance, Quotas
 from loraplex_server.access.principals import EVERYBODY, Principal, PrincipalLimits
-from loraplex_server.access.quotas import PAUSE_SECONDS, UNCOMPUTED, Allowance, Quotas
 
 
 class Clock:

@@ -14,7 +14,7 @@ import trustme
 from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519
 from loraplex_model.base.refusal import Refusal
-from loraplex_server.access.server_certificate import MAX_PEM_BYTES, CertificateFiles
+from loraplex_server.access.identity.server_certificate import MAX_PEM_BYTES, CertificateFiles
 from loraplex_server.rpc.transport import LOOK_SECONDS, ServerTls
 from loraplex_server.series import Series
 from prometheus_client import CollectorRegistry

@@ -16,7 +16,7 @@ from loraplex_adapters.store import survey_at
 from loraplex_model.base.info import public_name
 from loraplex_model.base.refusal import Refusal
 
-from loraplex_server.access.directory import open_directory
+from loraplex_server.access.identity.directory import open_directory
 from loraplex_server.commands import doctor_base, doctor_cuda
 from loraplex_server.commands.checks import Check
 from loraplex_server.config import Config, available_cores

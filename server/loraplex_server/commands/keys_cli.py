@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from loraplex_server.access.key_file import KeyFile
-from loraplex_server.access.keys import MAX_NOTE, IssuedKey, split
+from loraplex_server.access.identity.key_file import KeyFile
+from loraplex_server.access.identity.keys import MAX_NOTE, IssuedKey, split
+from loraplex_server.access.identity.principals_file import check_principal_name, read_principals
 from loraplex_server.access.principals import Principal
-from loraplex_server.access.principals_file import check_principal_name, read_principals
 from loraplex_server.commands.flags import own_parameters, with_settings
 from loraplex_server.config import Config
 from loraplex_server.exits import ServerExit

@@ -114,22 +114,6 @@ class Registry:
         """
         return usable(await self.resolve(adapter_id, principal))
 
-    async def changeable(self, adapter: Registered, principal: Principal) -> Registered:
-        """The adapter, for an order that changes the engine's copy of it.
-
-        Raises Refusal(PERMISSION_DENIED) if others use this copy for adapters that the principal
-        does not see.
-        """
-        seen, digest = principal.seen, adapter.record.digest
-        if (
-            seen.terms
-            and not adapter.copies
-            and await self.read(self.store.has_others, digest, seen)
-        ):
-            text = "others have adapters with the same files; only a caller with own copies may"
-            raise Refusal(Reason.PERMISSION_DENIED, text)
-        return adapter
-
     async def _look_up(self, adapter_id: str, seen: LabelSelector, known: bool) -> Registered:
         def work() -> Registered:
             return self._registered(self.store.resolve(adapter_id, seen))

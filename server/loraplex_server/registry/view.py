@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loraplex_adapters.store import EVERYTHING, LabelSelector, Record
+from loraplex_model.base.refusal import Reason, Refusal
 from msgspec import structs
 
 from loraplex_server.access.principals import Principal
 from loraplex_server.engine.messages import AdapterStatus, held_by
+
+if TYPE_CHECKING:
+    from loraplex_server.registry.registry import Registry
+    from loraplex_server.registry.terms import Registered
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +57,17 @@ class View:
         if status is None or self.copies or not self.seen.terms:
             return status
         return structs.replace(status, refs=0, last_used=0.0, load_seconds=0.0)
+
+
+async def require_changeable(registry: Registry, adapter: Registered, principal: Principal) -> None:
+    """Checks an order that changes the engine's copy of an adapter.
+
+    Raises Refusal(PERMISSION_DENIED) if others use this copy for adapters that the principal does
+    not see.
+    """
+    seen, digest = principal.seen, adapter.record.digest
+    if not seen.terms or adapter.copies:
+        return
+    if await registry.read(registry.store.has_others, digest, seen):
+        text = "others have adapters with the same files; only a caller with own copies may"
+        raise Refusal(Reason.PERMISSION_DENIED, text)

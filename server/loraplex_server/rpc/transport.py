@@ -16,7 +16,11 @@ from typing import Final
 import grpc
 from loraplex_model.base.refusal import Refusal
 
-from loraplex_server.access.server_certificate import CertificateFiles, ServerCertificate, date
+from loraplex_server.access.identity.server_certificate import (
+    CertificateFiles,
+    ServerCertificate,
+    date,
+)
 from loraplex_server.series import Series
 from loraplex_server.settings import ServerSettings
 

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from loraplex_server.access.limits.quotas import Quotas
 from loraplex_server.access.principals import Principal
-from loraplex_server.access.quotas import Quotas
 from loraplex_server.principal_series import PrincipalSeries
 
 LOOK_SECONDS: Final = 1.0

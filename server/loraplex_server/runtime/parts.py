@@ -7,9 +7,9 @@ from pathlib import Path
 
 from loraplex_adapters.store import Store, UploadBounds
 
-from loraplex_server.access.audit import AuditLog, LoggedAudit
-from loraplex_server.access.audit_file import AuditFile
-from loraplex_server.access.directory import PrincipalDirectory, open_directory
+from loraplex_server.access.audit_log.file import AuditFile
+from loraplex_server.access.audit_log.lines import AuditLog, LoggedAudit
+from loraplex_server.access.identity.directory import PrincipalDirectory, open_directory
 from loraplex_server.config import Config
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.group.group import EngineGroup, members
@@ -93,3 +93,11 @@ def memory_pressure_of(
     limit = int(config.memory_limit) or default_limit()
     shedding = HostShedding(lambda: members(engine()))
     return MemoryPressure(limit, used_bytes, shedding, series, give_back)
+
+
+def announce(engine: Engine, where: str, seconds: float) -> None:
+    """Prints that the server is ready at `where`, `seconds` after its start."""
+    model = engine.hello.model
+    devices = ", ".join(member.device for member in members(engine))
+    what = f"{model.name} ({model.base.dtype} on {devices})"
+    print(f"ready: {where} model {what} in {seconds:.1f} s", flush=True)

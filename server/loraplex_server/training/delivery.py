@@ -13,7 +13,7 @@ from loraplex_adapters.format.files import open_directory
 from loraplex_adapters.store import LabelSelector
 from loraplex_model.base.refusal import Reason, Refusal, Subject
 
-from loraplex_server.access.allotting import allotment_of
+from loraplex_server.access.limits.allotting import allotment_of
 from loraplex_server.access.principals import EVERYBODY, Principal
 from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.terms import Registered, RegistrationTerms

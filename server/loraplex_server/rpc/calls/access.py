@@ -10,10 +10,10 @@ from typing import Any, Final, Protocol, TypeVar
 import grpc
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_server.access import refused
-from loraplex_server.access.credentials import Credentials
+from loraplex_server.access.identity import refused
+from loraplex_server.access.identity.credentials import Credentials
+from loraplex_server.access.identity.refused import BadCredential
 from loraplex_server.access.principals import EVERYBODY, Principal
-from loraplex_server.access.refused import BadCredential
 from loraplex_server.access.roles import METHOD_ROLES, OPEN_METHODS, is_managing
 
 RECHECK_SECONDS: Final = 30.0

@@ -19,9 +19,9 @@ import grpc
 from google.protobuf.message import Message
 from loraplex_model.base.refusal import PRINCIPAL_PREFIX, Reason, Refusal
 
-from loraplex_server.access.audit import REFUSALS, UNAUTHENTICATED, AuditEntry, AuditLog
+from loraplex_server.access.audit_log.lines import REFUSALS, UNAUTHENTICATED, AuditEntry, AuditLog
+from loraplex_server.access.identity.refused import BadCredential
 from loraplex_server.access.principals import Principal, reset_caller, set_caller
-from loraplex_server.access.refused import BadCredential
 from loraplex_server.access.roles import is_managing
 from loraplex_server.logs import NOTES, PRINCIPAL, REQUEST_ID
 from loraplex_server.metrics import Metrics

@@ -13,7 +13,7 @@ import grpc
 from google.protobuf.message import Message
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_server.access.audit import AuditLog
+from loraplex_server.access.audit_log.lines import AuditLog
 from loraplex_server.access.principals import Principal
 from loraplex_server.metrics import Metrics
 from loraplex_server.rpc.calls.access import NOBODY, AccessCheck, Standing

@@ -20,7 +20,7 @@ from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import AdapterRef
 from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.terms import Registered, RegistrationTerms
-from loraplex_server.registry.view import View
+from loraplex_server.registry.view import View, require_changeable
 from loraplex_server.rpc.calls.errors import for_client, require
 from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.calls.peers import peer_address
@@ -325,8 +325,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         resolving = self._registry.servable if uses else self._registry.resolve
         adapter = await _typed(resolving(adapter_id, caller()), adapter_id, "adapter_id")
         if changes:
-            changing = self._registry.changeable(adapter, caller())
-            adapter = await _typed(changing, adapter_id, "adapter_id")
+            changing = require_changeable(self._registry, adapter, caller())
+            await _typed(changing, adapter_id, "adapter_id")
         await _typed(order(adapter.ref), adapter_id, "adapter_id")
         return self._describe(adapter.record)
 

@@ -18,8 +18,8 @@ from google.protobuf.message import Message
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
+from loraplex_server.access.limits.quotas import Allowance, Quotas
 from loraplex_server.access.principals import Principal, caller
-from loraplex_server.access.quotas import Allowance, Quotas
 from loraplex_server.access.rules import cache_salt
 from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
 from loraplex_server.engine.group.face import Engine

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from loraplex_adapters.store import Allotment, Holding
 
-from loraplex_server.access.allotting import allotment_of
+from loraplex_server.access.limits.allotting import allotment_of
 from loraplex_server.access.principals import Principal
 from loraplex_server.registry.registry import Registry
 

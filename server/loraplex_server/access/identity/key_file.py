@@ -14,9 +14,9 @@ from loraplex_model.base import durable
 from loraplex_model.base.refusal import Reason, Refusal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from loraplex_server.access import keys
-from loraplex_server.access.keys import IssuedKey
-from loraplex_server.access.refused import described, unreadable, unusable
+from loraplex_server.access.identity import keys
+from loraplex_server.access.identity.keys import IssuedKey
+from loraplex_server.access.identity.refused import described, unreadable, unusable
 
 _FORBIDDEN: Final = stat.S_IWGRP | stat.S_IRWXO
 """Permissions that the file must not give: who can write it can give himself a key. A group may

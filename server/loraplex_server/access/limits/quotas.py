@@ -22,7 +22,7 @@ from typing import Final, Protocol
 
 from loraplex_model.base.refusal import Reason, Refusal, quota_exceeded
 
-from loraplex_server.access.buckets import MINUTE, Bucket
+from loraplex_server.access.limits.buckets import MINUTE, Bucket
 from loraplex_server.access.principals import Principal, PrincipalLimits
 
 PAUSE_SECONDS: Final = 0.5

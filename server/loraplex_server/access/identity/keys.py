@@ -16,7 +16,7 @@ from typing import Annotated, Final
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from loraplex_server.access.refused import BadCredential
+from loraplex_server.access.identity.refused import BadCredential
 
 PREFIX: Final = "lpx"
 """First part of every key, by which scanners of secrets can find one."""

@@ -12,7 +12,7 @@ from joserfc.jwk import JWKRegistry, Key, KeySet, RSAKey
 from joserfc.jws import JWSRegistry
 from loraplex_model.base.durable import read_regular
 
-from loraplex_server.access.refused import BadCredential, unreadable, unusable
+from loraplex_server.access.identity.refused import BadCredential, unreadable, unusable
 
 ALGORITHMS: Final = (
     *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),

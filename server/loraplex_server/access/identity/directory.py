@@ -9,14 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from loraplex_server.access import keys, refused
-from loraplex_server.access.credentials import Credentials
-from loraplex_server.access.key_file import read_keys
-from loraplex_server.access.keys import IssuedKey
+from loraplex_server.access.identity import keys, refused
+from loraplex_server.access.identity.credentials import Credentials
+from loraplex_server.access.identity.key_file import read_keys
+from loraplex_server.access.identity.keys import IssuedKey
+from loraplex_server.access.identity.principals_file import KnownPrincipals, read_principals
+from loraplex_server.access.identity.refused import BadCredential
+from loraplex_server.access.identity.watched_file import WatchedFile
 from loraplex_server.access.principals import Principal
-from loraplex_server.access.principals_file import KnownPrincipals, read_principals
-from loraplex_server.access.refused import BadCredential
-from loraplex_server.access.watched_file import WatchedFile
 from loraplex_server.series import Series
 from loraplex_server.settings import ServerSettings
 
@@ -148,7 +148,7 @@ def open_directory(
         return None
     tokens: WatchedFile[Verifier] | None = None
     if settings.jwks is not None:
-        from loraplex_server.access.tokens import TokenVerifier, read_key_set
+        from loraplex_server.access.identity.tokens import TokenVerifier, read_key_set
 
         def verifier(path: Path) -> Verifier:
             return TokenVerifier(read_key_set(path), settings.jwt_issuer, settings.jwt_audience)

@@ -14,8 +14,8 @@ from loraplex_model.base.durable import read_regular
 from loraplex_model.base.refusal import Refusal
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
+from loraplex_server.access.identity.refused import described, unreadable, unusable
 from loraplex_server.access.principals import Principal, PrincipalLimits
-from loraplex_server.access.refused import described, unreadable, unusable
 from loraplex_server.access.roles import Role
 from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
 from loraplex_server.fair_weights import MOST

@@ -1,0 +1,1 @@
+"""What principals may use: rates, places, and room in the store."""
