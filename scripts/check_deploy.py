@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("dockerfile", "orchestration", "custom_objects", "compose", "systemd", "fleet")
+FILES = ("dockerfile", "orchestration", "custom_objects", "compose", "systemd", "ray", "fleet")
 UNCHECKED = (
     "that the Dockerfile builds, and that its images start: no container engine",
     "that a cluster accepts the objects, schedules, probes and scales: no cluster",
@@ -40,7 +40,16 @@ def run(arguments: Sequence[str]) -> list[ET.Element]:
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
         names = [f"tests/deploy/test_{name}.py" for name in FILES]
-        command = [sys.executable, "-m", "pytest", "-rs", "--slow", f"--junitxml={report}", *names]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-rs",
+            "--slow",
+            f"--junitxml={report}",
+            "-ojunit_family=xunit1",
+            *names,
+        ]
         subprocess.run([*command, *arguments], cwd=ROOT, check=False)
         return list(ET.parse(report).iter("testcase"))  # noqa: S314 - written by our own pytest
 
