@@ -14,6 +14,7 @@ from loraplex.v1 import adapter_pb2_grpc, generation_pb2_grpc
 from loraplex_server import app
 from loraplex_server.access.roles import Role
 from loraplex_server.exits import ServerExit
+from loraplex_server.runtime import parts
 from rpc.harness import Running, ask, config_for, expected, refusal, rest, running, until
 from security.callers import OPS, Callers, audited, code_of, guarded, key, principal, register
 
@@ -136,7 +137,7 @@ async def test_the_ready_line_names_the_address(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with running(tmp_path, **MANAGE) as up:
-        app._announce(up.server, 0.0)
+        parts.announce(up.server.engine, str(up.server), 0.0)
         line = capsys.readouterr().out
         server = up.server
         where = f"grpc {server.address} admin {server.admin_address} manage {server.manage_address}"
