@@ -66,7 +66,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 loraplex \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/loraplex --shell /usr/sbin/nologin loraplex \
-    && install --directory --owner=10001 --group=10001 /var/lib/loraplex /var/lib/loraplex/store /var/lib/loraplex/cache /var/lib/loraplex/training \
+    && install --directory --mode=0700 --owner=10001 --group=10001 /var/lib/loraplex /var/lib/loraplex/store /var/lib/loraplex/cache /var/lib/loraplex/training \
     && install --directory /adapters
 ENV PATH=/opt/loraplex/bin:$PATH \
     PYTHONUNBUFFERED=1 \

@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loraplex import channel
 from loraplex.access.options import AccessOptions, open_access
-from loraplex.errors import from_rpc_error
+from loraplex.errors import from_rpc_error, invalid
 from loraplex.v1 import adapter_pb2_grpc, generation_pb2_grpc, model_pb2_grpc, training_pb2_grpc
 
 P = ParamSpec("P")
@@ -61,6 +61,10 @@ class ServerConnection(ABC):
         options: AccessOptions,
     ) -> None:
         self._target = target
+        if any(name.lower() == "authorization" for name, _ in metadata):
+            if options.get("key") or options.get("key_file"):
+                raise invalid("key", "is given twice, since metadata has authorization as well")
+            options = {**options, "key": ""}  # the environment's is not for these calls
         self._access = open_access(target, credentials, options)
         self.defaults = channel.CallDefaults(
             timeout, wait_for_ready, tuple(metadata), self._access.key

@@ -183,6 +183,18 @@ def test_what_is_given_beside_the_key_is_sent_too(server: FakeServer) -> None:
     assert (metadata["x-team"], metadata["authorization"]) == ("search", BEARER)
 
 
+def test_an_authorization_in_the_metadata_takes_the_place_of_the_environments_key(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAPLEX_KEY", "lpx_of_variable")
+    own = [("authorization", BEARER)]
+    with Client(server.target, metadata=own) as client:
+        client.generate("x")
+    assert server.calls[0].metadata["authorization"] == BEARER
+    with pytest.raises(InvalidRequest, match="twice"):
+        Client(server.target, metadata=own, key=KEY)
+
+
 # quotas
 
 

@@ -415,11 +415,14 @@ def build(**options: Any) -> object:
 
 
 def command(
-    limits: dict[str, Any] | None = None, beat_seconds: float | None = None, **options: Any
+    limits: dict[str, Any] | None = None,
+    beat_seconds: float | None = None,
+    core_dumps: bool = False,
+    **options: Any,
 ) -> list[str]:
     """The command line of an engine process that runs the oracle."""
     runner = {"type": "custom", "factory": "engine.oracle:build", "options": options}
-    setup: dict[str, Any] = {"runner": runner, "limits": limits or {}}
+    setup: dict[str, Any] = {"runner": runner, "limits": limits or {}, "core_dumps": core_dumps}
     if beat_seconds is not None:
         setup["beat_seconds"] = beat_seconds
     config = json.dumps(setup)

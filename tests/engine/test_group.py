@@ -252,7 +252,8 @@ def visible(pid: int) -> str:
 async def test_each_process_sees_its_own_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa, 5,MIG-cc")
     placements = [EnginePlacement("cuda", 2), EnginePlacement("cuda", 0)]
-    engines, _ = make([command(), command()], placements)
+    commands = [command(core_dumps=True) for _ in placements]  # else only root sees `environ`
+    engines, _ = make(commands, placements)
     await engines.start()
     assert [visible(pid) for pid in engines.pids] == ["MIG-cc", "GPU-aa"]
     assert [member.device for member in engines.members] == ["cuda:2", "cuda:0"]

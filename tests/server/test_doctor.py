@@ -14,6 +14,7 @@ from loraplex_model.ops import build, known_faults
 from loraplex_server.commands import doctor, doctor_base, doctor_cuda
 from loraplex_server.config import Config
 from loraplex_server.config_sources import load as load_config
+from rpc.certificates import Authority
 
 from model import tiny
 
@@ -43,6 +44,18 @@ def test_the_end_tokens_of_a_converted_base_are_listed(config: Config) -> None:
     assert shown == ["2"]  # without a spelling, since the base has no tokenizer
     unknown = config.model_copy(update={"cache": config.cache / "other"})
     assert all(check.subject != "end tokens" for check in doctor.examine(unknown))
+
+
+def test_the_certificate_is_checked_as_the_server_would(config: Config, tmp_path: Path) -> None:
+    assert all(check.subject != "certificate" for check in doctor.examine(config))
+    made, other = (Authority(tmp_path / name).issue("server") for name in "ab")
+    right = {"tls_certificate": made.chain, "tls_key": made.key}
+    encrypted = config.model_copy(update=right)
+    assert bad(encrypted) == []
+    (shown,) = [c.text for c in doctor.examine(encrypted) if c.subject == "certificate"]
+    assert shown.startswith("expires on 20")
+    (found,) = bad(config.model_copy(update={**right, "tls_key": other.key}))
+    assert found.startswith(f"certificate: tls_key {other.key}: is not the key of")
 
 
 def test_a_mistyped_import_root_is_named(config: Config, tmp_path: Path) -> None:

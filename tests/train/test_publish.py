@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
+from client.fake_server import FakeServer, failure
 from loraplex import AdapterState, Client
 from loraplex_adapters.store import Store
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.refusal import Refusal
+from loraplex_training import session
 from loraplex_training.publish import publish as publishing
 from loraplex_training.publish import verify
 from loraplex_training.publish.publish import publish
@@ -203,6 +206,23 @@ def test_a_server_that_is_not_there_is_said_with_the_command_that_sends_it_later
     command = problem.partition("upload it again with: ")[2]
     assert "--server 127.0.0.1:9 adapters upload lora" in command
     assert commands.is_known(command)
+
+
+def test_a_wrong_address_or_key_shows_before_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("LORAPLEX_KEY", raising=False)
+    server = FakeServer()
+    server.start()
+    assert session._trouble(server.target) == ""
+    server.failures = [failure(grpc.StatusCode.UNAUTHENTICATED, "CREDENTIALS_MISSING")]
+    assert "LORAPLEX_KEY_FILE" in session._trouble(server.target)
+    server.failures = [failure(grpc.StatusCode.UNIMPLEMENTED, "")]
+    assert session._trouble(server.target) == "", "an older server"
+    server.stop()
+    assert session._trouble(server.target) == f"no server answers at {server.target} now"
+    monkeypatch.setenv("LORAPLEX_KEY", "lpx_a_b")
+    assert "would not be encrypted" in session._trouble("example.com:50051")
 
 
 def test_a_server_takes_the_adapter_and_answers_as_the_trainer_does(

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from loraplex import Client, LoraplexError
+from loraplex import Client, InvalidRequest, LoraplexError, PermissionDenied, Unsupported
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 from loraplex_model.ops.dtypes import BY_NAME
 from rich.console import Console
@@ -84,11 +84,8 @@ class _Session:
 
     def run(self, run: Run, target: Target) -> int:
         """Trains, then publishes the adapters of the good jobs; returns the exit code."""
-        if target.server and not _answers(target.server):
-            self.say(
-                f"note: no server answers at {target.server} now; the adapters are uploaded there "
-                "at the end"
-            )
+        if target.server and (trouble := _trouble(target.server)):
+            self.say(f"note: {trouble}; the adapters are uploaded there at the end")
         for name, dataset in run.datasets.items():
             for note in dataset.report.notes():
                 self.say(f"{name}: note: {note}")
@@ -181,13 +178,21 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
             signal.signal(number, old)
 
 
-def _answers(server: str) -> bool:
+def _trouble(server: str) -> str:
+    """Why adapters could not be uploaded to a server now; "" if nothing is known of it.
+
+    A wrong address or key shows before the training, not after it.
+    """
     try:
         with Client(server) as client:
-            client.health(timeout=2.0)
+            client.get_model(timeout=2.0)
+    except (InvalidRequest, PermissionDenied) as error:
+        return f"the server {server} cannot be used now: {error}"
+    except Unsupported:
+        return ""
     except LoraplexError:
-        return False
-    return True
+        return f"no server answers at {server} now"
+    return ""
 
 
 def _free(spec: RunSpec) -> Path:

@@ -82,7 +82,7 @@ The client reads the variables that the help names.
 
 
 @dataclass(frozen=True, slots=True)
-class ServerAddress:
+class GivenServer:
     """Where the server is, and how to reach it: what was given before a command, or after it."""
 
     target: str = ""
@@ -93,16 +93,16 @@ class ServerAddress:
         """The target, for messages."""
         return self.target or channel.DEFAULT_TARGET
 
-    def updated(self, target: str | None, given: Mapping[str, Any]) -> ServerAddress:
+    def updated(self, target: str | None, given: Mapping[str, Any]) -> GivenServer:
         """The address with what was given in addition; "" and None change nothing."""
         known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         access: Any = {**self.access, **known}
-        return ServerAddress(target or self.target, access)
+        return GivenServer(target or self.target, access)
 
-    def without_key(self) -> ServerAddress:
+    def without_key(self) -> GivenServer:
         """The same address for calls that carry no key, not even one of the environment."""
         access: Any = {**self.access, "key": "", "key_file": None}
-        return ServerAddress(self.target, access)
+        return GivenServer(self.target, access)
 
 
 def take(given: dict[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def command(
         parameters += [_parameter(name, each, None) for name, each in access.OPTIONS.items()]
 
         def run(ctx: typer.Context, **given: Any) -> None:
-            before: access.ServerAddress = ctx.obj or access.ServerAddress()
+            before: access.GivenServer = ctx.obj or access.GivenServer()
             address = before.updated(given.pop("server"), access.take(given))
             if not with_key:
                 address = address.without_key()
@@ -70,7 +70,7 @@ def add_root_options(app: typer.Typer) -> None:
     """Lets the options of the server's address stand before the command too."""
 
     def root(ctx: typer.Context, **given: Any) -> None:
-        ctx.obj = access.ServerAddress().updated(given.pop("server"), given)
+        ctx.obj = access.GivenServer().updated(given.pop("server"), given)
 
     annotations = {"server": options.RootServer, **access.OPTIONS}
     _declare(root, [_parameter(name, each, None) for name, each in annotations.items()])

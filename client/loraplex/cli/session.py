@@ -14,7 +14,7 @@ import typer
 
 from loraplex import errors
 from loraplex.cli import output
-from loraplex.cli.access import ServerAddress
+from loraplex.cli.access import GivenServer
 from loraplex.client import Client
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ class Session:
 
 
 @contextmanager
-def session(address: ServerAddress, timeout: float, as_json: bool) -> Iterator[Session]:
+def session(address: GivenServer, timeout: float, as_json: bool) -> Iterator[Session]:
     """Connects to the server at `address`.
 
     On exit, the connection is closed, which cancels running calls. A LoraplexError or Ctrl-C

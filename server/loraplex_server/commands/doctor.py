@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -17,6 +18,7 @@ from loraplex_model.base.info import public_name
 from loraplex_model.base.refusal import Refusal
 
 from loraplex_server.access.identity.directory import open_directory
+from loraplex_server.access.identity.server_certificate import CertificateFiles, date
 from loraplex_server.commands import doctor_base, doctor_cuda
 from loraplex_server.commands.checks import Check
 from loraplex_server.config import Config, available_cores
@@ -47,6 +49,7 @@ def examine(config: Config, adapters: Sequence[Path] = ()) -> Iterator[Check]:
         yield Check("import_root", f"{config.import_root}: {text}", good=False)
     yield from _adapters(config)
     yield from _callers(config)
+    yield from _certificate(config)
     yield _port("grpc port", config.host, config.port)
     yield _port("admin port", config.admin_host, config.admin_port)
 
@@ -211,6 +214,21 @@ def _base_cache(config: Config) -> Iterator[Check]:
         yield Check("base cache", f"{source}: damaged; fetched again when needed", good=False)
     elif whole or not entries:
         yield Check("base cache", f"{len(whole)} converted models with the right digests")
+
+
+def _certificate(config: Config) -> Iterator[Check]:
+    """The certificate of the gRPC ports, if connections are encrypted."""
+    files, now = CertificateFiles.of(config), time.time()
+    if files is None:
+        return
+    try:
+        found = files.check(files.read(), now)
+    except Refusal as refusal:
+        yield Check("certificate", refusal.message, good=False)
+        return
+    yield Check("certificate", f"expires on {date(found.expires)}")
+    for text in files.warnings(found, now):
+        yield Check("certificate", text)
 
 
 def _folder(name: str, path: Path, writable: bool) -> Check:

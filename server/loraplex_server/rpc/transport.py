@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from loraplex_model.base.refusal import Refusal
@@ -64,10 +64,9 @@ class ServerTls:
             used = current
             return _configuration(current)
 
+        fetch: Any = newer  # the stubs do not know that it may return None
         return grpc.dynamic_ssl_server_credentials(
-            _configuration(used),
-            newer,  # type: ignore[arg-type]  # None keeps the configuration, as gRPC documents
-            self._files.client_ca is not None,
+            _configuration(used), fetch, self._files.client_ca is not None
         )
 
     def look(self) -> ServerCertificate:
