@@ -116,8 +116,14 @@ def test_no_call_uses_the_executor_that_all_would_share() -> None:
         for file in SERVER.rglob("*.py")
         if any(name in file.read_text() for name in shared)
     }
-    # They use it at the start and for files of the operator: for work that no client can cause.
-    assert users <= {"access/identity/directory.py", "app.py", "engine/process/supervisor.py"}
+    # They use it at the start, for files of the operator and to read how much memory is used: for
+    # work that no client can cause.
+    assert users <= {
+        "access/identity/directory.py",
+        "app.py",
+        "engine/process/supervisor.py",
+        "runtime/pressure.py",
+    }
 
 
 async def test_the_interpreters_lock_is_released_sooner_only_while_a_niced_lane_works() -> None:
