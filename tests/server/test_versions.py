@@ -25,14 +25,14 @@ def records(tmp_path: Path) -> Records:
 
 def test_fields_of_a_newer_version_do_not_keep_a_job_from_being_read(records: Records) -> None:
     file = records.folder(ID) / RECORD
-    newer = json.loads(file.read_text()) | {"owner": "search", "nested": {"a": [1]}}
+    newer = json.loads(file.read_text()) | {"colour": "red", "nested": {"a": [1]}}
     newer["order"]["tenant"] = "search"
     file.write_text(json.dumps(newer))
     (job,) = records.load()
     assert (job.order.name, job.ending) == ("a", "done")
     # They are lost when this version writes the record, as docs/upgrades.md says.
     records.save(job)
-    assert "owner" not in json.loads(file.read_text())
+    assert "colour" not in json.loads(file.read_text())
 
 
 @pytest.mark.parametrize(
