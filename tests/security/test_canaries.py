@@ -1,0 +1,157 @@
+"""Prompts, keys and the bytes of adapters stay out of everything that a server writes or sends.
+
+A real server process is given texts that occur nowhere else, in every place where clients send
+secrets, in calls that succeed and in calls that fail in many ways. Then its output, log, audit log,
+metrics and traces are searched, and the errors that clients got.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import struct
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from loraplex.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
+from loraplex_server.access.identity.key_file import KeyFile
+from rpc.harness import CRASH, FAULT, NONFINITE, write_adapter
+from safetensors.numpy import load_file, save_file
+from server.test_process import serving
+from telemetry.collector import collecting
+
+PROMPT, MESSAGE, STOP, SALT, LABEL = (
+    f"canary-{name}-{number}"
+    for name, number in (
+        ("prompt", "7d1f"),
+        ("message", "93ac"),
+        ("stop", "b20e"),
+        ("salt", "4c77"),
+        ("label", "e815"),
+    )
+)
+WEIGHT = b"CNR<"
+"""The bytes of a weight, as a float32."""
+
+PRINCIPALS = """
+[principals.search]
+roles = ["infer", "read", "register", "admin"]
+adapters = "*"
+imports = ""
+"""
+
+
+def canary_adapter(folder: Path, **config: Any) -> Path:
+    """An adapter all of whose weights have the same, conspicuous bytes."""
+    write_adapter(folder, **config)
+    file = folder / "adapter_model.safetensors"
+    (weight,) = struct.unpack("<f", WEIGHT)
+    save_file({k: np.full_like(v, weight) for k, v in load_file(file).items()}, file)
+    return folder
+
+
+def requests() -> Iterator[generation_pb2.GenerateRequest]:
+    """Requests with secrets: right ones, wrong ones, and some at which the engine fails."""
+    fields: dict[str, Any] = {
+        "cache_salt": SALT,
+        "stop": {"max_new_tokens": 4, "strings": [STOP]},
+        "sampling": {"temperature": 0.0},
+    }
+    make = generation_pb2.GenerateRequest
+    yield make(prompt=PROMPT, **fields)
+    yield make(prompt=PROMPT, adapter_id="canary", **fields)
+    yield make(prompt=PROMPT * 4000, **fields)
+    yield make(prompt=PROMPT, adapter_id="nobody", **fields)
+    yield make(prompt=PROMPT, **{**fields, "sampling": {"temperature": -1.0, "top_p": 7.0}})
+    yield make(prompt=PROMPT, **{**fields, "stop": {"strings": [STOP] * 100}})
+    said = {"role": "user", "content": MESSAGE}
+    yield make(messages={"messages": [said]}, **fields)
+    yield make(messages={"messages": [said, {"role": "system", "content": MESSAGE}]}, **fields)
+    yield make(messages={"messages": [{"role": MESSAGE, "content": MESSAGE}]}, **fields)
+    for token in (NONFINITE, FAULT, CRASH):
+        yield make(token_ids={"ids": [20, token, 30]}, **fields)
+
+
+def test_nothing_secret_is_in_what_a_server_writes_or_sends(tmp_path: Path) -> None:
+    (tmp_path / "principals.toml").write_text(PRINCIPALS)
+    _, key = KeyFile(tmp_path / "keys.json").add("search")
+    canary_adapter(tmp_path / "import" / "good")
+    canary_adapter(tmp_path / "import" / "bad", target_modules=["q_proj", "canaries"])
+    errors: list[str] = []
+
+    def attempt(call: Callable[..., Any], request: Any, credential: str = key) -> None:
+        try:
+            call(request, metadata=(("authorization", f"Bearer {credential}"),), timeout=30)
+        except grpc.RpcError as error:
+            told: Any = error
+            errors.append(f"{told.details()} {told.trailing_metadata()!r}")
+
+    with collecting() as collector:
+        settings = {
+            "principals": tmp_path / "principals.toml",
+            "keys": tmp_path / "keys.json",
+            "audit_log": tmp_path / "audit.jsonl",
+            "log_format": "json",
+            "log_level": "debug",
+            "otlp_endpoint": collector.endpoint,
+        }
+        with serving(tmp_path, **settings) as up, grpc.insecure_channel(up.grpc) as channel:
+            generation = generation_pb2_grpc.GenerationServiceStub(channel)
+            adapters = adapter_pb2_grpc.AdapterServiceStub(channel)
+            for path in ("good", "bad"):
+                register = adapter_pb2.RegisterAdapterRequest(
+                    name="canary", path=path, labels={"note": LABEL}
+                )
+                attempt(adapters.RegisterAdapter, register)
+                attempt(adapters.ValidateAdapter, adapter_pb2.ValidateAdapterRequest(path=path))
+            raw = channel.unary_unary("/loraplex.v1.GenerationService/Generate")
+            attempt(raw, PROMPT.encode())
+            for request in requests():
+                attempt(generation.Generate, request)
+                stream = generation_pb2.GenerateStreamRequest(request=request)
+                attempt(lambda *a, **k: list(generation.GenerateStream(*a, **k)), stream)
+                attempt(generation.Generate, request, key[:-1] + "~")
+            render = model_pb2.RenderChatRequest(
+                messages={"messages": [{"role": "user", "content": MESSAGE}]}
+            )
+            attempt(model_pb2_grpc.ModelServiceStub(channel).RenderChat, render)
+            with urllib.request.urlopen(f"http://{up.admin}/metrics", timeout=10) as reply:
+                metrics = reply.read()
+            up.process.send_signal(signal.SIGTERM)
+            assert up.wait() == 0
+            rest = up.process.stdout.read().encode() if up.process.stdout else b""
+    places = {
+        "output": rest,
+        "log": "".join(up.log).encode(),
+        "audit log": (tmp_path / "audit.jsonl").read_bytes(),
+        "metrics": metrics,
+        "traces": b"".join(collector.requests),
+        "errors": "".join(errors).encode(),
+    }
+    assert len(errors) > 20
+    assert b"canary@1" in places["metrics"] or b'"canary"' in places["metrics"], "it was registered"
+    assert all(places[name] for name in ("log", "audit log", "metrics", "traces"))
+    secret = key.rpartition("_")[2]
+    found = [
+        (place, canary)
+        for place, content in places.items()
+        for canary in (PROMPT, MESSAGE, STOP, SALT, secret, secret[:-1], WEIGHT.decode())
+        if canary.encode() in content or json.dumps(canary)[1:-1].encode() in content
+    ]
+    assert not found
+
+
+def test_the_adapter_has_the_bytes_that_are_searched_for(tmp_path: Path) -> None:
+    file = canary_adapter(tmp_path / "canary") / "adapter_model.safetensors"
+    assert WEIGHT * 8 in file.read_bytes()
