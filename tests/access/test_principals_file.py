@@ -42,6 +42,7 @@ def test_every_key_of_the_file_is_what_the_principal_has(tmp_path: Path) -> None
         base = false
         name_prefix = "search-"
         imports = "search//data/./x/"
+        own_copies = true
         cache_group = "both"
         certificates = ["search.example", "CN with spaces"]
         subjects = ["auth0|7", "é"]
@@ -62,6 +63,7 @@ def test_every_key_of_the_file_is_what_the_principal_has(tmp_path: Path) -> None
         base=False,
         name_prefix="search-",
         imports="search/data/x",
+        own_copies=True,
         cache_group="both",
         limits=PrincipalLimits(60, 100_000, 1, 1.0, 20, 10 << 30, -3),
     )

@@ -153,6 +153,7 @@ class _Entry(BaseModel):
     name_prefix: Annotated[str, Field(max_length=_MAX_NAME - 1), AfterValidator(_prefix)] = ""
     imports: Annotated[str, AfterValidator(_directory)] | None = None
     cache_group: Annotated[str, AfterValidator(_group)] = ""
+    own_copies: bool = False
     weight: Annotated[float, Field(ge=1 / MOST, le=MOST, allow_inf_nan=False)] = 1.0
     certificates: _Identities = []
     subjects: _Identities = []
@@ -171,6 +172,7 @@ class _Entry(BaseModel):
             name_prefix=self.name_prefix,
             imports=None if imports is None else "/".join(PurePosixPath(imports).parts),
             cache_group=self.cache_group or name,
+            own_copies=self.own_copies,
             weight=float(self.weight),
             limits=PrincipalLimits(**dict(self.limits)),
         )
