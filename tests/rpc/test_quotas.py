@@ -301,9 +301,10 @@ async def test_short_of_memory_new_calls_are_refused_and_running_ones_end_well(
 ) -> None:
     pressure = up.server._pressure
     limit = 1000 << 20
-    pressure._limit, pressure._measure = limit, lambda: limit
+    pressure._limit, pressure._measure = limit, lambda: 0
     call = up.generation.GenerateStream(streamed(ask(20, 21, new=200)))
     assert (await call.read()).WhichOneof("event") == "started"
+    pressure._measure = lambda: limit
     pressure.look(limit)
     for refused_call in (
         up.generation.Generate(ask(new=1)),

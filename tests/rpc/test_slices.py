@@ -52,7 +52,7 @@ async def test_a_page_of_adapters_is_described_in_slices(
         return replace(page, records=records)
 
     monkeypatch.setattr(Store, "page", many)
-    monkeypatch.setattr(Store, "versions", lambda store, name: many(store).records)
+    monkeypatch.setattr(Store, "versions", lambda store, name, *seen: many(store).records)
     monkeypatch.setattr(describe, "adapter", noted(turns, describe.adapter))
     turns.append(Turns())
     for reply in (
