@@ -21,7 +21,7 @@ def _engine_finds_the_oracle() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _nobody_is_reached() -> Iterator[None]:
     """The front process connects to no other machine in any of these tests."""
     with outbound.watched() as found:
