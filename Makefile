@@ -167,7 +167,7 @@ DURATION ?= 1800
 bench-load: setup model ## Put Zipf traffic on this server for DURATION=1800 seconds, then twice its capacity
 	$(BIN)/python bench/bench_load.py --duration $(DURATION) $(ARGS)
 
-simulate-scale: setup ## Simulate 100 servers with 10,000 adapters, with and without routing by adapter
+simulate-scale: setup ## Simulate 100 servers with 10,000 adapters, with and without routing by adapter (docs/scale.md)
 	$(BIN)/python bench/simulate_scale.py $(ARGS)
 
 bench-step: setup model ## Show where the time of a step goes
