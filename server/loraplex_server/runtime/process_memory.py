@@ -34,8 +34,18 @@ def default_limit(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
 
 def granted_bytes(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
     """Memory of the machine, or of the control group if it may use less; 0 if it is unknown."""
-    limits = [_machine(proc), *_control_groups(proc, cgroups)]
+    limits = [meminfo_bytes("MemTotal", proc), *_control_groups(proc, cgroups)]
     return min((limit for limit in limits if limit), default=0)
+
+
+def meminfo_bytes(field: str, proc: Path = _PROC) -> int:
+    """A field of /proc/meminfo, such as "MemTotal", in bytes; 0 if it is unknown."""
+    with suppress(OSError, ValueError):
+        for line in (proc / "meminfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == field:
+                return int(value.removesuffix("kB")) << 10
+    return 0
 
 
 def _family(proc: Path, pid: int) -> set[int]:
@@ -57,15 +67,6 @@ def _of_process(proc: Path, pid: int) -> int:
     except OSError:
         return 0
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(_COUNTED))
-
-
-def _machine(proc: Path) -> int:
-    with suppress(OSError, ValueError):
-        for line in (proc / "meminfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == "MemTotal":
-                return int(value.removesuffix("kB")) << 10
-    return 0
 
 
 def _control_groups(proc: Path, cgroups: Path) -> list[int]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from loraplex_model.base.refusal import Reason, Refusal
 
-_MEMINFO: Final = Path("/proc/meminfo")
+from loraplex_server.runtime.process_memory import meminfo_bytes
+
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
 def available() -> int | None:
     """Returns the free bytes of this machine or container, whichever are fewer; None if unknown."""
-    found = [free for free in (_machine(), _container()) if free is not None]
+    machine = meminfo_bytes("MemAvailable") or None
+    found = [free for free in (machine, _container()) if free is not None]
     return min(found, default=None)
 
 
@@ -29,15 +30,6 @@ def check(needed: int, free: int | None, allowed: int, setting: str = "training_
     if free is not None and needed > free:
         text = f"the job would take about {_mib(needed)}, and {_mib(free)} are free"
         raise Refusal(Reason.TRAINING_MEMORY, text, field="memory")
-
-
-def _machine() -> int | None:
-    with suppress(OSError):
-        for line in _MEMINFO.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == "MemAvailable":
-                return int(value.removesuffix("kB")) << 10
-    return None
 
 
 def _container() -> int | None:
