@@ -39,6 +39,7 @@ PACKAGES = {
     "model": "model/loraplex_model",
     "adapters": "adapters/loraplex_adapters",
     "training": "training/loraplex_training",
+    "gateway": "gateway/loraplex_gateway",
     "server": "server/loraplex_server",
 }
 STUBS = "client/loraplex/v1"

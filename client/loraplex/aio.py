@@ -33,10 +33,28 @@ class AsyncClient(Calls):
         metadata: Sequence[tuple[str, str | bytes]] = (),
         **access: Unpack[AccessOptions],
     ) -> None:
-        connection = AsyncConnection(target, timeout, wait_for_ready, credentials, metadata, access)
+        self._use(
+            AsyncConnection(target, timeout, wait_for_ready, credentials, metadata, access)
+        )
+
+    def _use(self, connection: AsyncConnection) -> None:
         super().__init__(connection)
+        self._own = connection
         self._close = connection.close
         self.training = AsyncTraining(connection)
+
+    def for_caller(self, key: str, metadata: channel.Metadata = ()) -> AsyncClient:
+        """Returns a client whose calls carry the key of somebody else, over this connection.
+
+        For programs that stand between callers and a server. `key` is a key or a signed token, ""
+        for none; this client's own is not sent. `metadata` is sent in addition to this client's.
+        The connection is closed by this client alone. Raises InvalidRequest if a key would leave
+        this machine unencrypted.
+        """
+        other = object.__new__(AsyncClient)
+        other._use(self._own.for_caller(key, metadata))
+        other._close = _nothing
+        return other
 
     def stream(
         self,
@@ -65,6 +83,10 @@ class AsyncClient(Calls):
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+async def _nothing() -> None:
+    """The connection of another client is not closed."""
 
 
 class AsyncTraining(JobCalls):

@@ -9,6 +9,8 @@ single step.
 from __future__ import annotations
 
 import asyncio
+import copy
+import dataclasses
 import functools
 import time
 from abc import ABC, abstractmethod
@@ -19,9 +21,16 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loraplex import channel
+from loraplex.access.keys import ClientKey
 from loraplex.access.options import AccessOptions, open_access
 from loraplex.errors import from_rpc_error, invalid
-from loraplex.v1 import adapter_pb2_grpc, generation_pb2_grpc, model_pb2_grpc, training_pb2_grpc
+from loraplex.v1 import (
+    adapter_pb2_grpc,
+    engine_pb2_grpc,
+    generation_pb2_grpc,
+    model_pb2_grpc,
+    training_pb2_grpc,
+)
 
 P = ParamSpec("P")
 Q = TypeVar("Q")
@@ -37,10 +46,12 @@ class Stubs:
         adapters: Any = adapter_pb2_grpc.AdapterServiceStub(opened)
         training: Any = training_pb2_grpc.TrainingServiceStub(opened)
         model: Any = model_pb2_grpc.ModelServiceStub(opened)
+        engine: Any = engine_pb2_grpc.EngineServiceStub(opened)
         self.generation: generation_pb2_grpc.GenerationServiceAsyncStub = generation
         self.adapters: adapter_pb2_grpc.AdapterServiceAsyncStub = adapters
         self.training: training_pb2_grpc.TrainingServiceAsyncStub = training
         self.model: model_pb2_grpc.ModelServiceAsyncStub = model
+        self.engine: engine_pb2_grpc.EngineServiceAsyncStub = engine
         self.health: Any = health_pb2_grpc.HealthStub(opened)
 
 
@@ -184,6 +195,18 @@ class AsyncConnection(ServerConnection):
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+    def for_caller(self, key: str, metadata: channel.Metadata) -> AsyncConnection:
+        """Returns this connection with another key; both use one channel, which this one closes."""
+        other = copy.copy(self)
+        other.__dict__.update(_channel=self._channel, stubs=self.stubs)
+        client_key = ClientKey(key, "key") if key else None
+        if client_key is not None and not self._access.is_private:
+            raise invalid("key", "it is not sent, because the connection is not encrypted")
+        other.defaults = dataclasses.replace(
+            self.defaults, metadata=(*self.defaults.metadata, *metadata), key=client_key
+        )
+        return other
 
     async def close(self) -> None:
         if "_channel" in self.__dict__:

@@ -65,11 +65,14 @@ class ClientAccess:
         credentials: credentials of the channel; None for one that is not encrypted.
         options: channel options in addition to those that all channels have.
         key: the key of the calls; None if they carry none.
+        is_private: whether the connection is encrypted or stays on this machine, so that it may
+            carry keys.
     """
 
     credentials: grpc.ChannelCredentials | None
     options: tuple[tuple[str, Any], ...] = ()
     key: ClientKey | None = None
+    is_private: bool = True
 
 
 def open_access(
@@ -95,7 +98,9 @@ def open_access(
                 f"it is not sent, because the connection to {target} would not be encrypted; use "
                 "tls or ca, or an address of this machine",
             )
-        return ClientAccess(None, _without_proxy(os.environ) if key is not None else (), key)
+        is_private = stays_on_this_machine(target)
+        direct = _without_proxy(os.environ) if is_private or key is not None else ()
+        return ClientAccess(None, direct, key, is_private)
     name = tls.pop("server_name", None)
     arguments = (("grpc.ssl_target_name_override", name),) if name else ()
     return ClientAccess(channel_credentials(**tls), arguments, key)

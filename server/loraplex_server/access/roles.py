@@ -28,6 +28,7 @@ ALL_ROLES: Final = frozenset(Role)
 _GENERATION: Final = "/loraplex.v1.GenerationService/"
 _MODEL: Final = "/loraplex.v1.ModelService/"
 _ADAPTERS: Final = "/loraplex.v1.AdapterService/"
+_ENGINE: Final = "/loraplex.v1.EngineService/"
 _TRAINING: Final = "/loraplex.v1.TrainingService/"
 _REFLECTION: Final = "/grpc.reflection.v1alpha.ServerReflection/"
 
@@ -38,9 +39,10 @@ def _each(service: str, methods: str, *roles: Role) -> dict[str, frozenset[Role]
 
 METHOD_ROLES: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
     {
-        **_each(_GENERATION, "Generate GenerateStream", Role.INFER),
+        **_each(_GENERATION, "Generate GenerateStream Embed", Role.INFER),
         **_each(_MODEL, "GetModel", *Role),
-        **_each(_MODEL, "RenderChat", Role.INFER),
+        **_each(_MODEL, "RenderChat Tokenize Detokenize", Role.INFER),
+        **_each(_ENGINE, "WatchEngine", Role.READ),
         **_each(_ADAPTERS, "GetAdapter ListAdapters ListAdapterVersions WatchAdapters", Role.READ),
         **_each(
             _ADAPTERS,
@@ -53,8 +55,9 @@ METHOD_ROLES: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
             "LoadAdapter UnloadAdapter PinAdapter UnpinAdapter MergeAdapter UnmergeAdapter",
             Role.ADMIN,
         ),
-        **_each(_TRAINING, "CreateJob CancelJob", Role.TRAIN),
-        **_each(_TRAINING, "GetJob ListJobs WatchJob", Role.TRAIN, Role.READ),
+        **_each(_TRAINING, "CreateJob CancelJob UploadData DeleteData", Role.TRAIN),
+        **_each(_TRAINING, "GetJob ListJobs WatchJob ListJobEvents", Role.TRAIN, Role.READ),
+        **_each(_TRAINING, "GetData ListData ReadData", Role.TRAIN, Role.READ),
         **_each(_REFLECTION, "ServerReflectionInfo", *Role),
     }
 )

@@ -1,0 +1,1 @@
+"""Models as OpenAI's clients know them: the base and every adapter has an id."""

@@ -1,0 +1,81 @@
+"""`/v1/models`: the base first, then the adapters that the caller sees."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+from loraplex import AdapterInfo, AsyncClient
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from loraplex_gateway import errors
+from loraplex_gateway.context import Context, bearer
+from loraplex_gateway.models.ids import FOREIGN_ID, is_legal
+
+OWNER: Final = "loraplex"
+
+
+def routes(context: Context) -> list[BaseRoute]:
+    started = int(time.time())
+
+    async def listed(request: Request) -> Response:
+        client = context.client_for(request)
+        return JSONResponse({"object": "list", "data": await _cards(context, client, started)})
+
+    async def one(request: Request) -> Response:
+        client, model = context.client_for(request), request.path_params["model"]
+        adapter = await context.ids.adapter(client, model, bearer(request))
+        cards = await _cards(context, client, started)
+        if not adapter:
+            return JSONResponse({**cards[0], "id": model})
+        if is_legal(model) and "@" in model:
+            info = await client.get_adapter(adapter)
+            return JSONResponse(_card(model, info, cards[0]))
+        for card in cards[1:]:
+            if card["id"] == model or card["root"] == adapter:
+                return JSONResponse({**card, "id": model})
+        raise errors.not_found(model)
+
+    return [
+        Route("/v1/models", listed, methods=["GET"]),
+        Route("/v1/models/{model:path}", one, methods=["GET"]),
+    ]
+
+
+async def _cards(context: Context, client: AsyncClient, started: int) -> list[dict[str, Any]]:
+    """The cards of the base, of its other names, of the adapters, and of their aliases."""
+    base = await context.ids.base(client)
+    first = {
+        "id": await context.ids.base_id(client),
+        "object": "model",
+        "created": started,
+        "owned_by": OWNER,
+        "root": base.name,
+        "parent": None,
+        "max_model_len": base.max_context,
+    }
+    cards = [first, *({**first, "id": name} for name in context.settings.served_names[1:])]
+    for info in await client.list_adapters():
+        cards += _of(info, first)
+    return cards
+
+
+def _of(info: AdapterInfo, base: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The cards of an adapter: under its own id, and under each alias."""
+    yield _card(info.labels.get(FOREIGN_ID) or info.name, info, base)
+    for alias in info.aliases:
+        yield _card(alias, info, base)
+
+
+def _card(model: str, info: AdapterInfo, base: dict[str, Any]) -> dict[str, Any]:
+    created = int(info.create_time.timestamp()) if info.create_time else base["created"]
+    return {
+        **base,
+        "id": model,
+        "created": created,
+        "root": info.name,
+        "parent": base["id"],
+    }

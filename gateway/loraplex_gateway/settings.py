@@ -1,0 +1,74 @@
+"""The settings of the gateway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+from loraplex.channel import DEFAULT_TARGET
+
+
+class SettingsError(Exception):
+    """A setting that cannot be served with; the text says which, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the gateway listens, where its server is, and what it allows.
+
+    Attributes:
+        host, port: address for HTTP; port 0 takes a free one.
+        target: gRPC address of the server.
+        ca, server_name: authorities and name of the server's certificate; either one, or `tls`,
+            encrypts the connection to it.
+        certificate, private_key: PEM files with which HTTP is encrypted; both or neither.
+        insecure: listen on an address that others can reach although HTTP is not encrypted.
+        served_names: names of the base model in requests, the first of which is listed; the
+            server's own name for it always counts, too.
+        metrics: URL of the server's metrics, which `/metrics` passes on; "" for none.
+        max_body_bytes: largest request body; uploads have limits of their own.
+        cors_origins: origins whose pages may call; "*" for all.
+        request_seconds: longest time of a request on the server.
+        manages_adapters: whether adapters can be loaded and unloaded over HTTP.
+        adapter_root: folder whose folders may be named as adapters' paths; None for none.
+        console: whether the console's page is served.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    target: str = DEFAULT_TARGET
+    tls: bool = False
+    ca: Path | None = None
+    server_name: str = ""
+    certificate: Path | None = None
+    private_key: Path | None = None
+    insecure: bool = False
+    served_names: tuple[str, ...] = ()
+    metrics: str = ""
+    max_body_bytes: int = 8 << 20
+    cors_origins: tuple[str, ...] = ()
+    request_seconds: float = 600.0
+    manages_adapters: bool = True
+    adapter_root: Path | None = None
+    console: bool = True
+
+    def check(self) -> None:
+        """Raises SettingsError for settings that exclude each other or expose callers."""
+        if (self.certificate is None) != (self.private_key is None):
+            missing = "private_key" if self.private_key is None else "certificate"
+            raise SettingsError(f"{missing}: is missing; certificate and private_key go together")
+        if self.certificate is None and not self.insecure and not _is_loopback(self.host):
+            raise SettingsError(
+                f"host: {self.host} can be reached by others, and HTTP would not be encrypted; "
+                "give certificate and private_key, or insecure if something in front encrypts"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
