@@ -46,6 +46,11 @@ class GenerationServiceStub:
                 request_serializer=loraplex_dot_v1_dot_generation__pb2.GenerateStreamRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_generation__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/loraplex.v1.GenerationService/Embed',
+                request_serializer=loraplex_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer:
@@ -62,7 +67,14 @@ class GenerationServiceServicer:
 
     def GenerateStream(self, request, context):
         """GenerateStream returns the completion piece by piece: first a `started` message, then deltas, and last
-        either one `finished` message or one error status, never both.
+        either one `finished` message for each completion or one error status, never both.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Embed returns the last hidden state of texts, as the base model or an adapter computes it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,6 +92,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=loraplex_dot_v1_dot_generation__pb2.GenerateStreamRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_generation__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=loraplex_dot_v1_dot_generation__pb2.EmbedRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_generation__pb2.EmbedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -138,6 +155,33 @@ class GenerationService:
             '/loraplex.v1.GenerationService/GenerateStream',
             loraplex_dot_v1_dot_generation__pb2.GenerateStreamRequest.SerializeToString,
             loraplex_dot_v1_dot_generation__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.GenerationService/Embed',
+            loraplex_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+            loraplex_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,8 +39,10 @@ class GenerationServiceStub:
     """Generate returns the whole completion at once: what GenerateStream sends, joined."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateStreamRequest, _generation_pb2.GenerateStreamResponse]
     """GenerateStream returns the completion piece by piece: first a `started` message, then deltas, and last
-    either one `finished` message or one error status, never both.
+    either one `finished` message for each completion or one error status, never both.
     """
+    Embed: _grpc.UnaryUnaryMultiCallable[_generation_pb2.EmbedRequest, _generation_pb2.EmbedResponse]
+    """Embed returns the last hidden state of texts, as the base model or an adapter computes it."""
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
@@ -53,8 +55,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Generate returns the whole completion at once: what GenerateStream sends, joined."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateStreamRequest, _generation_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """GenerateStream returns the completion piece by piece: first a `started` message, then deltas, and last
-    either one `finished` message or one error status, never both.
+    either one `finished` message for each completion or one error status, never both.
     """
+    Embed: _aio.UnaryUnaryMultiCallable[_generation_pb2.EmbedRequest, _generation_pb2.EmbedResponse]  # type: ignore[assignment]
+    """Embed returns the last hidden state of texts, as the base model or an adapter computes it."""
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """GenerationService continues prompts with the base model, with one registered adapter, or with a weighted
@@ -76,7 +80,15 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateStreamResponse], _abc.AsyncIterator[_generation_pb2.GenerateStreamResponse]]:
         """GenerateStream returns the completion piece by piece: first a `started` message, then deltas, and last
-        either one `finished` message or one error status, never both.
+        either one `finished` message for each completion or one error status, never both.
         """
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _generation_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.EmbedResponse, _abc.Awaitable[_generation_pb2.EmbedResponse]]:
+        """Embed returns the last hidden state of texts, as the base model or an adapter computes it."""
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from loraplex.v1 import generation_pb2 as loraplex_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17loraplex/v1/model.proto\x12\x0bloraplex.v1\x1a\x1cloraplex/v1/generation.proto\"\x11\n\x0fGetModelRequest\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.loraplex.v1.Model\"\x8f\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12+\n\neos_tokens\x18\x06 \x03(\x0b\x32\x17.loraplex.v1.NamedToken\x12*\n\tbos_token\x18\x07 \x01(\x0b\x32\x17.loraplex.v1.NamedToken\x12\x15\n\rhas_tokenizer\x18\x08 \x01(\x08\x12\x34\n\rchat_template\x18\t \x01(\x0b\x32\x1d.loraplex.v1.ChatTemplateInfo\",\n\nNamedToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\"Z\n\x10\x43hatTemplateInfo\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x13\n\x0btakes_tools\x18\x03 \x01(\x08\x12\x11\n\tvariables\x18\x04 \x03(\t\"T\n\x11RenderChatRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12+\n\x08messages\x18\x02 \x01(\x0b\x32\x19.loraplex.v1.ChatMessages\"5\n\x12RenderChatResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r2\xa6\x01\n\x0cModelService\x12G\n\x08GetModel\x12\x1c.loraplex.v1.GetModelRequest\x1a\x1d.loraplex.v1.GetModelResponse\x12M\n\nRenderChat\x12\x1e.loraplex.v1.RenderChatRequest\x1a\x1f.loraplex.v1.RenderChatResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17loraplex/v1/model.proto\x12\x0bloraplex.v1\x1a\x1cloraplex/v1/generation.proto\"\x11\n\x0fGetModelRequest\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.loraplex.v1.Model\"\xc3\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12+\n\neos_tokens\x18\x06 \x03(\x0b\x32\x17.loraplex.v1.NamedToken\x12*\n\tbos_token\x18\x07 \x01(\x0b\x32\x17.loraplex.v1.NamedToken\x12\x15\n\rhas_tokenizer\x18\x08 \x01(\x08\x12\x34\n\rchat_template\x18\t \x01(\x0b\x32\x1d.loraplex.v1.ChatTemplateInfo\x12\x1d\n\x15has_structured_output\x18\n \x01(\x08\x12\x13\n\x0bhidden_size\x18\x0b \x01(\r\",\n\nNamedToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\"h\n\x10\x43hatTemplateInfo\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x13\n\x0btakes_tools\x18\x03 \x01(\x08\x12\x11\n\tvariables\x18\x04 \x03(\t\x12\x0c\n\x04text\x18\x05 \x01(\t\"T\n\x11RenderChatRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12+\n\x08messages\x18\x02 \x01(\x0b\x32\x19.loraplex.v1.ChatMessages\"5\n\x12RenderChatResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"O\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x19\n\x11no_special_tokens\x18\x02 \x01(\x08\x12\x13\n\x0bwith_pieces\x18\x03 \x01(\x08\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\x0c\"X\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x02 \x01(\x08\x12\x13\n\x0bwith_pieces\x18\x03 \x01(\x08\"2\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06pieces\x18\x02 \x03(\x0c\x32\xbe\x02\n\x0cModelService\x12G\n\x08GetModel\x12\x1c.loraplex.v1.GetModelRequest\x1a\x1d.loraplex.v1.GetModelResponse\x12M\n\nRenderChat\x12\x1e.loraplex.v1.RenderChatRequest\x1a\x1f.loraplex.v1.RenderChatResponse\x12G\n\x08Tokenize\x12\x1c.loraplex.v1.TokenizeRequest\x1a\x1d.loraplex.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.loraplex.v1.DetokenizeRequest\x1a\x1f.loraplex.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,15 +37,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELRESPONSE']._serialized_start=89
   _globals['_GETMODELRESPONSE']._serialized_end=142
   _globals['_MODEL']._serialized_start=145
-  _globals['_MODEL']._serialized_end=416
-  _globals['_NAMEDTOKEN']._serialized_start=418
-  _globals['_NAMEDTOKEN']._serialized_end=462
-  _globals['_CHATTEMPLATEINFO']._serialized_start=464
-  _globals['_CHATTEMPLATEINFO']._serialized_end=554
-  _globals['_RENDERCHATREQUEST']._serialized_start=556
-  _globals['_RENDERCHATREQUEST']._serialized_end=640
-  _globals['_RENDERCHATRESPONSE']._serialized_start=642
-  _globals['_RENDERCHATRESPONSE']._serialized_end=695
-  _globals['_MODELSERVICE']._serialized_start=698
-  _globals['_MODELSERVICE']._serialized_end=864
+  _globals['_MODEL']._serialized_end=468
+  _globals['_NAMEDTOKEN']._serialized_start=470
+  _globals['_NAMEDTOKEN']._serialized_end=514
+  _globals['_CHATTEMPLATEINFO']._serialized_start=516
+  _globals['_CHATTEMPLATEINFO']._serialized_end=620
+  _globals['_RENDERCHATREQUEST']._serialized_start=622
+  _globals['_RENDERCHATREQUEST']._serialized_end=706
+  _globals['_RENDERCHATRESPONSE']._serialized_start=708
+  _globals['_RENDERCHATRESPONSE']._serialized_end=761
+  _globals['_TOKENIZEREQUEST']._serialized_start=763
+  _globals['_TOKENIZEREQUEST']._serialized_end=842
+  _globals['_TOKENIZERESPONSE']._serialized_start=844
+  _globals['_TOKENIZERESPONSE']._serialized_end=897
+  _globals['_DETOKENIZEREQUEST']._serialized_start=899
+  _globals['_DETOKENIZEREQUEST']._serialized_end=987
+  _globals['_DETOKENIZERESPONSE']._serialized_start=989
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1039
+  _globals['_MODELSERVICE']._serialized_start=1042
+  _globals['_MODELSERVICE']._serialized_end=1360
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ModelServiceStub:
-    """ModelService describes the base model and renders conversations to prompts.
+    """ModelService describes the base model, and turns texts and conversations into tokens and back.
     """
 
     def __init__(self, channel):
@@ -45,10 +45,20 @@ class ModelServiceStub:
                 request_serializer=loraplex_dot_v1_dot_model__pb2.RenderChatRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_model__pb2.RenderChatResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/loraplex.v1.ModelService/Tokenize',
+                request_serializer=loraplex_dot_v1_dot_model__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_model__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/loraplex.v1.ModelService/Detokenize',
+                request_serializer=loraplex_dot_v1_dot_model__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_model__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
-    """ModelService describes the base model and renders conversations to prompts.
+    """ModelService describes the base model, and turns texts and conversations into tokens and back.
     """
 
     def GetModel(self, request, context):
@@ -60,6 +70,20 @@ class ModelServiceServicer:
 
     def RenderChat(self, request, context):
         """RenderChat returns the prompt to which Generate renders a conversation, without generating.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """Tokenize returns the tokens of a text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Detokenize returns the text of tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,6 +102,16 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     request_deserializer=loraplex_dot_v1_dot_model__pb2.RenderChatRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_model__pb2.RenderChatResponse.SerializeToString,
             ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=loraplex_dot_v1_dot_model__pb2.TokenizeRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_model__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=loraplex_dot_v1_dot_model__pb2.DetokenizeRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_model__pb2.DetokenizeResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'loraplex.v1.ModelService', rpc_method_handlers)
@@ -87,7 +121,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService:
-    """ModelService describes the base model and renders conversations to prompts.
+    """ModelService describes the base model, and turns texts and conversations into tokens and back.
     """
 
     @staticmethod
@@ -134,6 +168,60 @@ class ModelService:
             '/loraplex.v1.ModelService/RenderChat',
             loraplex_dot_v1_dot_model__pb2.RenderChatRequest.SerializeToString,
             loraplex_dot_v1_dot_model__pb2.RenderChatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.ModelService/Tokenize',
+            loraplex_dot_v1_dot_model__pb2.TokenizeRequest.SerializeToString,
+            loraplex_dot_v1_dot_model__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.ModelService/Detokenize',
+            loraplex_dot_v1_dot_model__pb2.DetokenizeRequest.SerializeToString,
+            loraplex_dot_v1_dot_model__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

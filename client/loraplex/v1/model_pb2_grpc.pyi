@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelServiceStub:
-    """ModelService describes the base model and renders conversations to prompts."""
+    """ModelService describes the base model, and turns texts and conversations into tokens and back."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,19 +37,27 @@ class ModelServiceStub:
     """GetModel describes the base model."""
     RenderChat: _grpc.UnaryUnaryMultiCallable[_model_pb2.RenderChatRequest, _model_pb2.RenderChatResponse]
     """RenderChat returns the prompt to which Generate renders a conversation, without generating."""
+    Tokenize: _grpc.UnaryUnaryMultiCallable[_model_pb2.TokenizeRequest, _model_pb2.TokenizeResponse]
+    """Tokenize returns the tokens of a text."""
+    Detokenize: _grpc.UnaryUnaryMultiCallable[_model_pb2.DetokenizeRequest, _model_pb2.DetokenizeResponse]
+    """Detokenize returns the text of tokens."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
-    """ModelService describes the base model and renders conversations to prompts."""
+    """ModelService describes the base model, and turns texts and conversations into tokens and back."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
     """GetModel describes the base model."""
     RenderChat: _aio.UnaryUnaryMultiCallable[_model_pb2.RenderChatRequest, _model_pb2.RenderChatResponse]  # type: ignore[assignment]
     """RenderChat returns the prompt to which Generate renders a conversation, without generating."""
+    Tokenize: _aio.UnaryUnaryMultiCallable[_model_pb2.TokenizeRequest, _model_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """Tokenize returns the tokens of a text."""
+    Detokenize: _aio.UnaryUnaryMultiCallable[_model_pb2.DetokenizeRequest, _model_pb2.DetokenizeResponse]  # type: ignore[assignment]
+    """Detokenize returns the text of tokens."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
-    """ModelService describes the base model and renders conversations to prompts."""
+    """ModelService describes the base model, and turns texts and conversations into tokens and back."""
 
     @_abc_1.abstractmethod
     def GetModel(
@@ -66,5 +74,21 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.RenderChatResponse, _abc.Awaitable[_model_pb2.RenderChatResponse]]:
         """RenderChat returns the prompt to which Generate renders a conversation, without generating."""
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _model_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.TokenizeResponse, _abc.Awaitable[_model_pb2.TokenizeResponse]]:
+        """Tokenize returns the tokens of a text."""
+
+    @_abc_1.abstractmethod
+    def Detokenize(
+        self,
+        request: _model_pb2.DetokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.DetokenizeResponse, _abc.Awaitable[_model_pb2.DetokenizeResponse]]:
+        """Detokenize returns the text of tokens."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

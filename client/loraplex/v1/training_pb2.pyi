@@ -29,7 +29,7 @@ TRAINING_JOB_STATE_FAILED: TrainingJobState
 TRAINING_JOB_STATE_CANCELLED: TrainingJobState
 
 class TrainingJob(_message.Message):
-    __slots__ = ("job_id", "state", "spec", "delivery", "create_time", "start_time", "end_time", "queue_position", "progress", "result", "error", "resumptions", "estimated_bytes")
+    __slots__ = ("job_id", "state", "spec", "delivery", "create_time", "start_time", "end_time", "queue_position", "progress", "result", "error", "resumptions", "estimated_bytes", "checkpoints", "trained_tokens")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +43,8 @@ class TrainingJob(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     RESUMPTIONS_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     state: TrainingJobState
     spec: TrainingSpec
@@ -56,7 +58,25 @@ class TrainingJob(_message.Message):
     error: TrainingError
     resumptions: int
     estimated_bytes: int
-    def __init__(self, job_id: _Optional[str] = ..., state: _Optional[_Union[TrainingJobState, str]] = ..., spec: _Optional[_Union[TrainingSpec, _Mapping]] = ..., delivery: _Optional[_Union[TrainingDelivery, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queue_position: _Optional[int] = ..., progress: _Optional[_Union[TrainingProgress, _Mapping]] = ..., result: _Optional[_Union[TrainingResult, _Mapping]] = ..., error: _Optional[_Union[TrainingError, _Mapping]] = ..., resumptions: _Optional[int] = ..., estimated_bytes: _Optional[int] = ...) -> None: ...
+    checkpoints: _containers.RepeatedCompositeFieldContainer[TrainingCheckpoint]
+    trained_tokens: int
+    def __init__(self, job_id: _Optional[str] = ..., state: _Optional[_Union[TrainingJobState, str]] = ..., spec: _Optional[_Union[TrainingSpec, _Mapping]] = ..., delivery: _Optional[_Union[TrainingDelivery, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queue_position: _Optional[int] = ..., progress: _Optional[_Union[TrainingProgress, _Mapping]] = ..., result: _Optional[_Union[TrainingResult, _Mapping]] = ..., error: _Optional[_Union[TrainingError, _Mapping]] = ..., resumptions: _Optional[int] = ..., estimated_bytes: _Optional[int] = ..., checkpoints: _Optional[_Iterable[_Union[TrainingCheckpoint, _Mapping]]] = ..., trained_tokens: _Optional[int] = ...) -> None: ...
+
+class TrainingCheckpoint(_message.Message):
+    __slots__ = ("step", "adapter_id", "digest", "time", "evaluation", "loss")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    adapter_id: str
+    digest: str
+    time: _timestamp_pb2.Timestamp
+    evaluation: TrainingEvaluation
+    loss: float
+    def __init__(self, step: _Optional[int] = ..., adapter_id: _Optional[str] = ..., digest: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., evaluation: _Optional[_Union[TrainingEvaluation, _Mapping]] = ..., loss: _Optional[float] = ...) -> None: ...
 
 class TrainingSpec(_message.Message):
     __slots__ = ("name", "method", "optimiser", "epochs", "steps", "batch_size", "accumulation", "pack", "max_tokens", "max_length", "learn", "system", "eval_fraction", "eval_every", "patience", "metric", "seed")
@@ -128,7 +148,7 @@ class TrainingOptimiser(_message.Message):
     def __init__(self, name: _Optional[str] = ..., learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., schedule: _Optional[str] = ..., warmup: _Optional[float] = ..., clip: _Optional[float] = ...) -> None: ...
 
 class TrainingDelivery(_message.Message):
-    __slots__ = ("replace", "load", "alias", "labels")
+    __slots__ = ("replace", "load", "alias", "labels", "checkpoints")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -140,19 +160,23 @@ class TrainingDelivery(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     replace: bool
     load: bool
     alias: str
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, replace: _Optional[bool] = ..., load: _Optional[bool] = ..., alias: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    checkpoints: bool
+    def __init__(self, replace: _Optional[bool] = ..., load: _Optional[bool] = ..., alias: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., checkpoints: _Optional[bool] = ...) -> None: ...
 
 class TrainingData(_message.Message):
-    __slots__ = ("jsonl", "path")
+    __slots__ = ("jsonl", "path", "data_id")
     JSONL_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
+    DATA_ID_FIELD_NUMBER: _ClassVar[int]
     jsonl: bytes
     path: str
-    def __init__(self, jsonl: _Optional[bytes] = ..., path: _Optional[str] = ...) -> None: ...
+    data_id: str
+    def __init__(self, jsonl: _Optional[bytes] = ..., path: _Optional[str] = ..., data_id: _Optional[str] = ...) -> None: ...
 
 class TrainingProgress(_message.Message):
     __slots__ = ("step", "steps", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "remaining", "evaluation", "best_evaluation", "saved_step")
@@ -291,3 +315,163 @@ class WatchJobResponse(_message.Message):
     JOB_FIELD_NUMBER: _ClassVar[int]
     job: TrainingJob
     def __init__(self, job: _Optional[_Union[TrainingJob, _Mapping]] = ...) -> None: ...
+
+class ListJobEventsRequest(_message.Message):
+    __slots__ = ("job_id", "page_size", "page_token")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    page_size: int
+    page_token: str
+    def __init__(self, job_id: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListJobEventsResponse(_message.Message):
+    __slots__ = ("events", "next_page_token")
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[JobEvent]
+    next_page_token: str
+    def __init__(self, events: _Optional[_Iterable[_Union[JobEvent, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class JobEvent(_message.Message):
+    __slots__ = ("number", "time", "state", "progress", "evaluation", "checkpoint", "message", "samples")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    time: _timestamp_pb2.Timestamp
+    state: TrainingJobState
+    progress: TrainingProgress
+    evaluation: TrainingEvaluation
+    checkpoint: TrainingCheckpoint
+    message: str
+    samples: TrainingSamples
+    def __init__(self, number: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[_Union[TrainingJobState, str]] = ..., progress: _Optional[_Union[TrainingProgress, _Mapping]] = ..., evaluation: _Optional[_Union[TrainingEvaluation, _Mapping]] = ..., checkpoint: _Optional[_Union[TrainingCheckpoint, _Mapping]] = ..., message: _Optional[str] = ..., samples: _Optional[_Union[TrainingSamples, _Mapping]] = ...) -> None: ...
+
+class TrainingSamples(_message.Message):
+    __slots__ = ("step", "samples")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    samples: _containers.RepeatedCompositeFieldContainer[TrainingSample]
+    def __init__(self, step: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[TrainingSample, _Mapping]]] = ...) -> None: ...
+
+class TrainingSample(_message.Message):
+    __slots__ = ("prompt", "answer", "expected")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    prompt: str
+    answer: str
+    expected: str
+    def __init__(self, prompt: _Optional[str] = ..., answer: _Optional[str] = ..., expected: _Optional[str] = ...) -> None: ...
+
+class UploadDataRequest(_message.Message):
+    __slots__ = ("start", "chunk")
+    START_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    start: UploadDataStart
+    chunk: bytes
+    def __init__(self, start: _Optional[_Union[UploadDataStart, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class UploadDataStart(_message.Message):
+    __slots__ = ("filename", "request_id", "labels")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    FILENAME_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    filename: str
+    request_id: str
+    labels: _containers.ScalarMap[str, str]
+    def __init__(self, filename: _Optional[str] = ..., request_id: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class UploadDataResponse(_message.Message):
+    __slots__ = ("file",)
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    file: DataFile
+    def __init__(self, file: _Optional[_Union[DataFile, _Mapping]] = ...) -> None: ...
+
+class DataFile(_message.Message):
+    __slots__ = ("data_id", "filename", "size_bytes", "digest", "create_time", "labels")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    DATA_ID_FIELD_NUMBER: _ClassVar[int]
+    FILENAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    data_id: str
+    filename: str
+    size_bytes: int
+    digest: str
+    create_time: _timestamp_pb2.Timestamp
+    labels: _containers.ScalarMap[str, str]
+    def __init__(self, data_id: _Optional[str] = ..., filename: _Optional[str] = ..., size_bytes: _Optional[int] = ..., digest: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class GetDataRequest(_message.Message):
+    __slots__ = ("data_id",)
+    DATA_ID_FIELD_NUMBER: _ClassVar[int]
+    data_id: str
+    def __init__(self, data_id: _Optional[str] = ...) -> None: ...
+
+class GetDataResponse(_message.Message):
+    __slots__ = ("file",)
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    file: DataFile
+    def __init__(self, file: _Optional[_Union[DataFile, _Mapping]] = ...) -> None: ...
+
+class ListDataRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListDataResponse(_message.Message):
+    __slots__ = ("files", "next_page_token")
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    files: _containers.RepeatedCompositeFieldContainer[DataFile]
+    next_page_token: str
+    def __init__(self, files: _Optional[_Iterable[_Union[DataFile, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class ReadDataRequest(_message.Message):
+    __slots__ = ("data_id",)
+    DATA_ID_FIELD_NUMBER: _ClassVar[int]
+    data_id: str
+    def __init__(self, data_id: _Optional[str] = ...) -> None: ...
+
+class ReadDataResponse(_message.Message):
+    __slots__ = ("chunk",)
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    chunk: bytes
+    def __init__(self, chunk: _Optional[bytes] = ...) -> None: ...
+
+class DeleteDataRequest(_message.Message):
+    __slots__ = ("data_id",)
+    DATA_ID_FIELD_NUMBER: _ClassVar[int]
+    data_id: str
+    def __init__(self, data_id: _Optional[str] = ...) -> None: ...
+
+class DeleteDataResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -65,6 +65,36 @@ class TrainingServiceStub:
                 request_serializer=loraplex_dot_v1_dot_training__pb2.WatchJobRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_training__pb2.WatchJobResponse.FromString,
                 _registered_method=True)
+        self.ListJobEvents = channel.unary_unary(
+                '/loraplex.v1.TrainingService/ListJobEvents',
+                request_serializer=loraplex_dot_v1_dot_training__pb2.ListJobEventsRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_training__pb2.ListJobEventsResponse.FromString,
+                _registered_method=True)
+        self.UploadData = channel.stream_unary(
+                '/loraplex.v1.TrainingService/UploadData',
+                request_serializer=loraplex_dot_v1_dot_training__pb2.UploadDataRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_training__pb2.UploadDataResponse.FromString,
+                _registered_method=True)
+        self.GetData = channel.unary_unary(
+                '/loraplex.v1.TrainingService/GetData',
+                request_serializer=loraplex_dot_v1_dot_training__pb2.GetDataRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_training__pb2.GetDataResponse.FromString,
+                _registered_method=True)
+        self.ListData = channel.unary_unary(
+                '/loraplex.v1.TrainingService/ListData',
+                request_serializer=loraplex_dot_v1_dot_training__pb2.ListDataRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_training__pb2.ListDataResponse.FromString,
+                _registered_method=True)
+        self.ReadData = channel.unary_stream(
+                '/loraplex.v1.TrainingService/ReadData',
+                request_serializer=loraplex_dot_v1_dot_training__pb2.ReadDataRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_training__pb2.ReadDataResponse.FromString,
+                _registered_method=True)
+        self.DeleteData = channel.unary_unary(
+                '/loraplex.v1.TrainingService/DeleteData',
+                request_serializer=loraplex_dot_v1_dot_training__pb2.DeleteDataRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_training__pb2.DeleteDataResponse.FromString,
+                _registered_method=True)
 
 
 class TrainingServiceServicer:
@@ -115,6 +145,49 @@ class TrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListJobEvents(self, request, context):
+        """ListJobEvents lists what happened to a job, the oldest first, one page per call. Of a job's steps and
+        evaluations all that its trainer has reported are kept with the job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadData(self, request_iterator, context):
+        """UploadData stores a file of examples, sent in chunks, for jobs to name. The first message holds `start`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetData(self, request, context):
+        """GetData describes an uploaded file.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListData(self, request, context):
+        """ListData lists the uploaded files, the newest first, one page per call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadData(self, request, context):
+        """ReadData returns the bytes of an uploaded file in chunks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteData(self, request, context):
+        """DeleteData deletes an uploaded file. Jobs that were created with it keep their copy.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -142,6 +215,36 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.WatchJob,
                     request_deserializer=loraplex_dot_v1_dot_training__pb2.WatchJobRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_training__pb2.WatchJobResponse.SerializeToString,
+            ),
+            'ListJobEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListJobEvents,
+                    request_deserializer=loraplex_dot_v1_dot_training__pb2.ListJobEventsRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_training__pb2.ListJobEventsResponse.SerializeToString,
+            ),
+            'UploadData': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadData,
+                    request_deserializer=loraplex_dot_v1_dot_training__pb2.UploadDataRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_training__pb2.UploadDataResponse.SerializeToString,
+            ),
+            'GetData': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetData,
+                    request_deserializer=loraplex_dot_v1_dot_training__pb2.GetDataRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_training__pb2.GetDataResponse.SerializeToString,
+            ),
+            'ListData': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListData,
+                    request_deserializer=loraplex_dot_v1_dot_training__pb2.ListDataRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_training__pb2.ListDataResponse.SerializeToString,
+            ),
+            'ReadData': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadData,
+                    request_deserializer=loraplex_dot_v1_dot_training__pb2.ReadDataRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_training__pb2.ReadDataResponse.SerializeToString,
+            ),
+            'DeleteData': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteData,
+                    request_deserializer=loraplex_dot_v1_dot_training__pb2.DeleteDataRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_training__pb2.DeleteDataResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -285,6 +388,168 @@ class TrainingService:
             '/loraplex.v1.TrainingService/WatchJob',
             loraplex_dot_v1_dot_training__pb2.WatchJobRequest.SerializeToString,
             loraplex_dot_v1_dot_training__pb2.WatchJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListJobEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.TrainingService/ListJobEvents',
+            loraplex_dot_v1_dot_training__pb2.ListJobEventsRequest.SerializeToString,
+            loraplex_dot_v1_dot_training__pb2.ListJobEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadData(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/loraplex.v1.TrainingService/UploadData',
+            loraplex_dot_v1_dot_training__pb2.UploadDataRequest.SerializeToString,
+            loraplex_dot_v1_dot_training__pb2.UploadDataResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetData(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.TrainingService/GetData',
+            loraplex_dot_v1_dot_training__pb2.GetDataRequest.SerializeToString,
+            loraplex_dot_v1_dot_training__pb2.GetDataResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListData(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.TrainingService/ListData',
+            loraplex_dot_v1_dot_training__pb2.ListDataRequest.SerializeToString,
+            loraplex_dot_v1_dot_training__pb2.ListDataResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadData(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/loraplex.v1.TrainingService/ReadData',
+            loraplex_dot_v1_dot_training__pb2.ReadDataRequest.SerializeToString,
+            loraplex_dot_v1_dot_training__pb2.ReadDataResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteData(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.TrainingService/DeleteData',
+            loraplex_dot_v1_dot_training__pb2.DeleteDataRequest.SerializeToString,
+            loraplex_dot_v1_dot_training__pb2.DeleteDataResponse.FromString,
             options,
             channel_credentials,
             insecure,

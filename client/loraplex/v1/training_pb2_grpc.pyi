@@ -57,6 +57,20 @@ class TrainingServiceStub:
     """WatchJob sends the job as it is, then again after every change, until it has ended. A slow reader gets
     only the newest state. A server that shuts down ends the stream.
     """
+    ListJobEvents: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListJobEventsRequest, _training_pb2.ListJobEventsResponse]
+    """ListJobEvents lists what happened to a job, the oldest first, one page per call. Of a job's steps and
+    evaluations all that its trainer has reported are kept with the job.
+    """
+    UploadData: _grpc.StreamUnaryMultiCallable[_training_pb2.UploadDataRequest, _training_pb2.UploadDataResponse]
+    """UploadData stores a file of examples, sent in chunks, for jobs to name. The first message holds `start`."""
+    GetData: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetDataRequest, _training_pb2.GetDataResponse]
+    """GetData describes an uploaded file."""
+    ListData: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListDataRequest, _training_pb2.ListDataResponse]
+    """ListData lists the uploaded files, the newest first, one page per call."""
+    ReadData: _grpc.UnaryStreamMultiCallable[_training_pb2.ReadDataRequest, _training_pb2.ReadDataResponse]
+    """ReadData returns the bytes of an uploaded file in chunks."""
+    DeleteData: _grpc.UnaryUnaryMultiCallable[_training_pb2.DeleteDataRequest, _training_pb2.DeleteDataResponse]
+    """DeleteData deletes an uploaded file. Jobs that were created with it keep their copy."""
 
 @_typing.type_check_only
 class TrainingServiceAsyncStub(TrainingServiceStub):
@@ -87,6 +101,20 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """WatchJob sends the job as it is, then again after every change, until it has ended. A slow reader gets
     only the newest state. A server that shuts down ends the stream.
     """
+    ListJobEvents: _aio.UnaryUnaryMultiCallable[_training_pb2.ListJobEventsRequest, _training_pb2.ListJobEventsResponse]  # type: ignore[assignment]
+    """ListJobEvents lists what happened to a job, the oldest first, one page per call. Of a job's steps and
+    evaluations all that its trainer has reported are kept with the job.
+    """
+    UploadData: _aio.StreamUnaryMultiCallable[_training_pb2.UploadDataRequest, _training_pb2.UploadDataResponse]  # type: ignore[assignment]
+    """UploadData stores a file of examples, sent in chunks, for jobs to name. The first message holds `start`."""
+    GetData: _aio.UnaryUnaryMultiCallable[_training_pb2.GetDataRequest, _training_pb2.GetDataResponse]  # type: ignore[assignment]
+    """GetData describes an uploaded file."""
+    ListData: _aio.UnaryUnaryMultiCallable[_training_pb2.ListDataRequest, _training_pb2.ListDataResponse]  # type: ignore[assignment]
+    """ListData lists the uploaded files, the newest first, one page per call."""
+    ReadData: _aio.UnaryStreamMultiCallable[_training_pb2.ReadDataRequest, _training_pb2.ReadDataResponse]  # type: ignore[assignment]
+    """ReadData returns the bytes of an uploaded file in chunks."""
+    DeleteData: _aio.UnaryUnaryMultiCallable[_training_pb2.DeleteDataRequest, _training_pb2.DeleteDataResponse]  # type: ignore[assignment]
+    """DeleteData deletes an uploaded file. Jobs that were created with it keep their copy."""
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     """TrainingService trains adapters on the base model that the server serves, and registers them.
@@ -144,5 +172,55 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         """WatchJob sends the job as it is, then again after every change, until it has ended. A slow reader gets
         only the newest state. A server that shuts down ends the stream.
         """
+
+    @_abc_1.abstractmethod
+    def ListJobEvents(
+        self,
+        request: _training_pb2.ListJobEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.ListJobEventsResponse, _abc.Awaitable[_training_pb2.ListJobEventsResponse]]:
+        """ListJobEvents lists what happened to a job, the oldest first, one page per call. Of a job's steps and
+        evaluations all that its trainer has reported are kept with the job.
+        """
+
+    @_abc_1.abstractmethod
+    def UploadData(
+        self,
+        request_iterator: _MaybeAsyncIterator[_training_pb2.UploadDataRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.UploadDataResponse, _abc.Awaitable[_training_pb2.UploadDataResponse]]:
+        """UploadData stores a file of examples, sent in chunks, for jobs to name. The first message holds `start`."""
+
+    @_abc_1.abstractmethod
+    def GetData(
+        self,
+        request: _training_pb2.GetDataRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.GetDataResponse, _abc.Awaitable[_training_pb2.GetDataResponse]]:
+        """GetData describes an uploaded file."""
+
+    @_abc_1.abstractmethod
+    def ListData(
+        self,
+        request: _training_pb2.ListDataRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.ListDataResponse, _abc.Awaitable[_training_pb2.ListDataResponse]]:
+        """ListData lists the uploaded files, the newest first, one page per call."""
+
+    @_abc_1.abstractmethod
+    def ReadData(
+        self,
+        request: _training_pb2.ReadDataRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_training_pb2.ReadDataResponse], _abc.AsyncIterator[_training_pb2.ReadDataResponse]]:
+        """ReadData returns the bytes of an uploaded file in chunks."""
+
+    @_abc_1.abstractmethod
+    def DeleteData(
+        self,
+        request: _training_pb2.DeleteDataRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.DeleteDataResponse, _abc.Awaitable[_training_pb2.DeleteDataResponse]]:
+        """DeleteData deletes an uploaded file. Jobs that were created with it keep their copy."""
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
