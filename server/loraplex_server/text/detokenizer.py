@@ -44,7 +44,6 @@ class TokenTexts:
         decoder = tokenizer.decoder
         self._form = json.loads(decoder.__getstate__()) if decoder is not None else None
         self._bytes: dict[int, bytes] = {}
-        self._raw: dict[int, bytes] = {}
         self._pieces: dict[int, str] = {}
 
     def detokenizer(self, prompt: Sequence[int], skip_special_tokens: bool = True) -> Detokenizer:
@@ -73,32 +72,23 @@ class TokenTexts:
         return text
 
     def raw(self, token: int) -> bytes:
-        """Bytes of a token after another one, whole characters or not.
-
-        Those of a special token are its spelling. b"" for a token that the vocabulary lacks.
-        """
-        found = self._raw.get(token)
-        if found is None:
-            found = self._raw[token] = self._find_raw(token)
-        return found
-
-    def _find_raw(self, token: int) -> bytes:
-        if token in self._special:
-            return (self._tokenizer.id_to_token(token) or "").encode()
+        """Bytes of a token after another one, special or not; b"" for an id without a token."""
         if _is_byte_level(self._form):
             return self.level_bytes(token)
         return self.fallback_byte(token) or self.text(token).encode()
 
     def raws(self, tokens: Sequence[int]) -> list[bytes]:
-        """Bytes of each token of a text, which joined are the text.
+        """Bytes of each token of a text, which joined are the text with its special tokens.
 
         The first token may lack a space that it has after another one.
         """
         found = list(map(self.raw, tokens))
-        if tokens and not _is_byte_level(self._form):
-            first = tokens[0]
-            if first not in self._special and not self.fallback_byte(first):
-                found[0] = self.alone([first]).encode()
+        if not _is_byte_level(self._form):
+            shown = (at for at, token in enumerate(tokens) if self.is_visible(token, False))
+            at = next(shown, None)
+            # A part of a character alone would become U+FFFD.
+            if at is not None and self.fallback_byte(tokens[at]) < b"\x80":
+                found[at] = self.alone([tokens[at]]).encode()
         return found
 
     def after_anchor(self, tokens: Sequence[int]) -> str:

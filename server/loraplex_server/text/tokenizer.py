@@ -182,7 +182,7 @@ class TextTokenizer:
         return text
 
     def token_bytes(self, token: int) -> bytes:
-        """Bytes of a single token after another one; those of a special one are its spelling."""
+        """Bytes of a single token after another one, whole characters or not."""
         return b"" if self._token_texts is None else self._token_texts.raw(token)
 
     async def tokens(self, text: str, begins: bool, with_bytes: bool) -> TextTokens:
