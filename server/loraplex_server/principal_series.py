@@ -47,23 +47,23 @@ class PrincipalSeries:
                     gauges.remove_by_labels({"principal": label, "limit": limit})
 
     @contextmanager
-    def request(self, name: str) -> Iterator[None]:
-        """Counts a generation of a principal as active within the context."""
+    def active(self, name: str, requests: int = 1) -> Iterator[None]:
+        """Counts generations of a principal as active within the context."""
         if not name:
             yield
             return
         # The gauge may outlive its series, if the principal is removed meanwhile.
         gauge = self._series.principal_active_requests.labels(self._labels.label(name))
-        gauge.inc()
+        gauge.inc(requests)
         try:
             yield
         finally:
-            gauge.dec()
+            gauge.dec(requests)
 
-    def ended(self, name: str, code: str) -> None:
-        """Counts a generation of a principal that ended, or was refused, with a gRPC code."""
+    def ended(self, name: str, code: str, requests: int = 1) -> None:
+        """Counts generations of a principal that ended, or were refused, with a gRPC code."""
         if name:
-            self._series.principal_requests.labels(self._labels.label(name), code).inc()
+            self._series.principal_requests.labels(self._labels.label(name), code).inc(requests)
 
     def used(self, name: str, kind: str, tokens: int) -> None:
         """Counts tokens: "prompt" or "completion"."""

@@ -82,8 +82,12 @@ def continuation(
     forbidden: frozenset[int] = frozenset(),
     virtual: int = 0,
     active: int | None = 0,
+    ends: frozenset[int] = frozenset(),
+    least: int = 0,
 ) -> list[int]:
     """The `count` tokens that the oracle must answer greedily to `prompt` under `mix`.
+
+    The first `least` tokens are none of `ends`, of which no two follow each other.
 
     `virtual` tokens stand before the prompt; they are those of the one adapter of the mix. The mix
     applies from index `active` of the prompt on; to no token if that is None.
@@ -97,6 +101,9 @@ def continuation(
     out: list[int] = []
     for _ in range(count):
         token = next_token(np.array(entries, np.uint64), vocab_size, forbidden)
+        if token in ends and len(out) < least:
+            token = (token + 1) % vocab_size  # the second most probable one
+            assert token not in ends
         out.append(token)
         entries.append(entry(token, len(entries), base if active is None else weights))
     return out

@@ -121,7 +121,7 @@ def test_a_request_that_cannot_be_served_is_refused_by_name(
     "fields",
     [
         {"token_ids": []},
-        {"max_new_tokens": 0},
+        {"max_new_tokens": -1},
         {"sampling": SamplingParams(logit_bias={512: 1.0})},
     ],
 )

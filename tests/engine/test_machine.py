@@ -74,6 +74,7 @@ class Asked:
     stops: list[int]
     deadline: float | None
     prompt_logprobs: bool
+    min_new_tokens: int = 0
     aborted: bool = False
     met_fault: bool = False
     met_full_queue: bool = False
@@ -105,7 +106,13 @@ class Asked:
         mix = [(ref.digest, ref.weight) for ref in self.refs]
         virtual = option(self.names[0], "virtual") if self.names else 0
         tokens = continuation(
-            self.prompt, mix, self.max_new_tokens, virtual=virtual, active=self.active
+            self.prompt,
+            mix,
+            self.max_new_tokens,
+            virtual=virtual,
+            active=self.active,
+            ends=frozenset(self.stops),
+            least=self.min_new_tokens,
         )
         for at, token in enumerate(tokens):
             if token in self.stops:
@@ -208,7 +215,8 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(
         size=st.integers(1, 8) | st.integers(1, 20),
         start=st.integers(0, 50),
-        max_new_tokens=st.integers(1, 10),
+        max_new_tokens=st.integers(0, 10),
+        min_new_tokens=st.sampled_from([0, 0, 1, 2, 5, 10]),
         names=st.lists(NAMES, max_size=1) | st.lists(NAMES, max_size=3),
         weights=st.just((1.0, 1.0, 1.0)) | st.tuples(*[st.sampled_from([1.0, 0.5, -2.0])] * 3),
         priority=st.integers(-1, 1),
@@ -222,6 +230,7 @@ class EngineMachine(RuleBasedStateMachine):
         size: int,
         start: int,
         max_new_tokens: int,
+        min_new_tokens: int,
         names: list[str],
         weights: tuple[float, ...],
         priority: int,
@@ -235,7 +244,8 @@ class EngineMachine(RuleBasedStateMachine):
             prompt[-1] = self.runner.fault_token
         refs = [adapter(n, w, **CATALOGUE[n]) for n, w in zip(names, weights, strict=False)]
         deadline = None if patience is None else self.engine.clock.now + patience
-        asked = Asked(prompt, max_new_tokens, refs, [], deadline, prompt_logprobs)
+        least = min(min_new_tokens, max_new_tokens)
+        asked = Asked(prompt, max_new_tokens, refs, [], deadline, prompt_logprobs, least)
         if stop_at is not None and stop_at < max_new_tokens:
             asked.stops = [asked.expected[0][stop_at]]
         request_id = len(self.asked) + 1
@@ -253,6 +263,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_new_tokens,
             adapters=refs,
             stop_token_ids=asked.stops,
+            min_new_tokens=least,
             deadline=deadline,
             priority=priority,
             prompt_logprobs=1 if prompt_logprobs else None,
@@ -267,7 +278,7 @@ class EngineMachine(RuleBasedStateMachine):
     def submit_a_burst(self, names: list[str], size: int, max_new_tokens: int) -> None:
         for name in names:
             one = [name] if name else []
-            self.submit(size, 7, max_new_tokens, one, (1.0,), 0, None, None, False, False)
+            self.submit(size, 7, max_new_tokens, 0, one, (1.0,), 0, None, None, False, False)
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
@@ -354,7 +365,7 @@ class EngineMachine(RuleBasedStateMachine):
                 assert asked.is_mixable
             elif outcome is not None:
                 assert self.is_justified(asked, outcome), f"request {request_id}: {outcome}"
-            if tokens:
+            if tokens or outcome in ("stop", "length"):
                 scored = self.engine.outputs[request_id][0].prompt_logprobs
                 wanted = asked.prompt[1:] if asked.prompt_logprobs else []
                 assert [entry.token_id for entry in scored] == wanted
@@ -381,7 +392,7 @@ class EngineMachine(RuleBasedStateMachine):
                 room = self.runner.num_blocks * self.runner.block_size
                 virtual = option(asked.names[0], "virtual") if names else 0
                 own = virtual % self.runner.block_size + len(asked.prompt)
-                return own + asked.max_new_tokens - 1 > room
+                return own + max(1, asked.max_new_tokens) - 1 > room
             case "OVERLOADED":
                 return asked.met_full_queue
         return False
@@ -474,8 +485,8 @@ def machine_with_a_fault() -> EngineMachine:
     """A machine of which one request waits for its adapter while the pass of another one fails."""
     machine = EngineMachine()
     machine.start(24, 4, 4, 16, 6, 0, 0, 0, "cpu", 0)
-    machine.submit(3, 1, 4, ["a"], (1.0,), 0, None, None, False, faulty=False)
-    machine.submit(3, 1, 4, [], (1.0,), 0, None, None, False, faulty=True)
+    machine.submit(3, 1, 4, 0, ["a"], (1.0,), 0, None, None, False, faulty=False)
+    machine.submit(3, 1, 4, 0, [], (1.0,), 0, None, None, False, faulty=True)
     machine.step(1, is_loader_fast=False)
     return machine
 
@@ -507,7 +518,7 @@ def test_the_oracle_notices_an_unload_that_costs_a_later_request() -> None:
     machine.unload("a", force=False, patience=5)
     machine.step(2, is_loader_fast=True)
     assert set(machine.engine.controls) == {1}
-    machine.submit(3, 1, 4, ["a"], (1.0,), 0, None, None, False, faulty=False)
+    machine.submit(3, 1, 4, 0, ["a"], (1.0,), 0, None, None, False, faulty=False)
     request = machine.engine.core._requests[1]
     machine.engine.core._end(request, UNLOADED)
     machine.step(1, is_loader_fast=False)

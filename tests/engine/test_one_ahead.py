@@ -299,7 +299,8 @@ SAMPLING = st.builds(
 REQUESTS = st.fixed_dictionaries(
     {
         "token_ids": st.lists(st.integers(0, 12), min_size=1, max_size=9),
-        "max_new_tokens": st.integers(1, 12),
+        "max_new_tokens": st.integers(0, 12),
+        "min_new_tokens": st.integers(0, 12),
         "sampling": SAMPLING | st.just(GREEDY),
         "stop_token_ids": st.lists(st.integers(0, 511), max_size=60),
         "logprobs": st.none() | st.integers(0, 2),

@@ -50,8 +50,8 @@ async def test_prompt_scores_are_put_into_a_reply_in_slices(
     given = scores(2000, 20)
 
     def one(token: int, value: float) -> generation_pb2.TokenLogprob:
-        text = tokenizer.token_text(token)
-        return generation_pb2.TokenLogprob(token_id=token, logprob=value, text=text)
+        text, raw = tokenizer.token_text(token), tokenizer.token_bytes(token)
+        return generation_pb2.TokenLogprob(token_id=token, logprob=value, text=text, raw=raw)
 
     wanted = generation_pb2.GenerationDelta(
         logprobs=[
@@ -136,16 +136,38 @@ def test_a_report_without_many_is_one_frame() -> None:
     assert frames(wire.encode(report)) == [report]
 
 
+ROOM = 1 << 30
+
+
 def test_the_number_of_prompt_scores_is_bounded() -> None:
     request = generation_pb2.GenerateRequest(prompt_logprobs=20)
     most = validate.MAX_PROMPT_SCORES // 21
-    assert validate.scores(request, most) == []
-    assert [p.field for p in validate.scores(request, most + 1)] == ["prompt_logprobs"]
-    assert validate.scores(generation_pb2.GenerateRequest(), 1 << 30) == []
+    assert validate.scores(request, most, ROOM) == []
+    assert [p.field for p in validate.scores(request, most + 1, ROOM)] == ["prompt_logprobs"]
+    assert validate.scores(generation_pb2.GenerateRequest(), 1 << 29, ROOM) == []
     request = generation_pb2.GenerateRequest(prompt_logprobs=0)
-    assert validate.scores(request, validate.MAX_PROMPT_SCORES) == []
-    (problem,) = validate.scores(request, validate.MAX_PROMPT_SCORES + 1, "request.")
+    assert validate.scores(request, validate.MAX_PROMPT_SCORES, ROOM) == []
+    (problem,) = validate.scores(request, validate.MAX_PROMPT_SCORES + 1, ROOM, "request.")
     assert problem.field == "request.prompt_logprobs"
+
+
+def test_the_number_of_scores_of_several_completions_is_bounded() -> None:
+    """What the context leaves no room for does not count, and neither does one completion."""
+    request = generation_pb2.GenerateRequest(logprobs=20, n=128)
+    request.stop.max_new_tokens = most = validate.MAX_SCORES // 21 // 128
+    assert validate.scores(request, 5, ROOM) == []
+    request.stop.max_new_tokens = (1 << 32) - 1
+    assert validate.scores(request, 5, 5 + most) == []
+    (problem,) = validate.scores(request, 5, 6 + most, "request.")
+    assert problem.field == "request.logprobs"
+    request.n = 1
+    assert validate.scores(request, 5, ROOM) == []
+    request = generation_pb2.GenerateRequest(logprobs=20, n=128)  # 256 tokens by default
+    assert [p.field for p in validate.scores(request, 5, ROOM)] == []
+    request.stop.max_new_tokens = 400
+    assert [p.field for p in validate.scores(request, 5, ROOM)] == ["logprobs"]
+    request.ClearField("logprobs")
+    assert validate.scores(request, 5, ROOM) == []
 
 
 async def test_too_many_prompt_scores_are_refused_before_the_engine_gets_the_request(

@@ -197,7 +197,7 @@ async def test_no_exceptions_text_leaves_the_server(
         def leak(*_: object) -> None:
             raise RuntimeError("secret /etc/passwd")
 
-        monkeypatch.setattr("loraplex_server.rpc.services.generation.references", leak)
+        monkeypatch.setattr("loraplex_server.rpc.services.completions.call.references", leak)
         monkeypatch.setattr(AdapterService, "_describe", leak)
         stream = up.generation.GenerateStream(streamed(ask(request_id="my-id")))
         calls = [

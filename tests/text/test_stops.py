@@ -135,3 +135,40 @@ def test_text_that_begins_no_stop_string_is_not_delayed() -> None:
 
 def test_without_stop_strings_all_text_passes() -> None:
     assert StopMatcher([]).push("anything") == ("anything", False)
+
+
+@given(st.lists(st.tuples(few, st.booleans()), max_size=8), stops, st.booleans())
+@example([("ab", False), ("c", True)], ["ab", "bc"], True)
+@example([("aba", False), ("b", True)], ["ab"], False)
+@example([("ab", False), ("x", True)], ["abc", "b"], True)
+def test_stops_that_are_complete_too_early_are_passed_over(
+    parts: list[tuple[str, bool]], stops: list[str], include: bool
+) -> None:
+    """What counts is the piece that completes a stop string, wherever the string begins."""
+    whole, ends = "", []
+    for text, may_end in parts:
+        ends += range(len(whole) + 1, len(whole) + len(text) + 1) if may_end else ()
+        whole += text
+    expected, found = whole, False
+    for end in ends:
+        begins = [end - len(s) for s in stops if whole[:end].endswith(s)]
+        if begins:
+            expected, found = whole[: end if include else min(begins)], True
+            break
+    matcher = StopMatcher(stops, include)
+    given, stopped = "", False
+    for text, may_end in parts:
+        out, stopped = matcher.push(text, may_end=may_end)
+        given += out
+        if stopped:
+            break
+    given += "" if stopped else matcher.finish()
+    assert (given, stopped) == (expected, found)
+
+
+def test_a_stop_string_that_is_included_is_whole_even_if_it_was_not_shown() -> None:
+    matcher = StopMatcher(["i<s>l"], include=True)
+    assert matcher.push("hi", "hi") == ("h", False)
+    assert matcher.push("<s>", "") == ("", False)
+    assert matcher.push("lo", "lo") == ("i<s>l", True)
+    assert matcher.matched == "i<s>l"

@@ -94,6 +94,10 @@ class PromptEncoder:
         size = len(self._before)
         return ids[size:] if size and ids[size : 2 * size] == self._before else ids
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text that nothing is put in front of."""
+        return _encode(self._tokenizer, text)
+
     def encode_chat(
         self,
         messages: Sequence[Message],

@@ -130,7 +130,9 @@ class EngineCore:
             self._answers.fail(submit.id, failure)
             return
         self._arrivals += 1
-        now, draw = self._clock(), Draw(submit.sampling, submit.token_ids)
+        stops = submit.stop_token_ids
+        draw = Draw(submit.sampling, submit.token_ids, stops, submit.min_new_tokens)
+        now = self._clock()
         order = (now - submit.priority * PRIORITY_SECONDS, self._arrivals)
         request = Request(submit, order, now, draw)
         request.short_positions = self._runner.info.base.config.short_positions
@@ -319,7 +321,7 @@ class EngineCore:
 
     def _finish(self, request: Request, failure: Failure | None) -> None:
         """Ends a request whose last token was chosen, or whose logits are not finite."""
-        if failure is None:
+        if failure is None and request.generates:
             self._rates.note_answer(request.generated + 1, request.submit.max_new_tokens)
         self._end(request, failure)
 

@@ -61,7 +61,8 @@ def holder_of(digest: str) -> str:
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """A new request, `request_id` in logs. The last of its `Output`s has a finish or an error.
 
-    `stop_token_ids` includes the EOS ids unless they are to be ignored. `logprobs` and
+    With `max_new_tokens` 0 only the prompt is computed. `stop_token_ids` includes the EOS ids
+    unless they are to be ignored; none is chosen before `min_new_tokens` others. `logprobs` and
     `prompt_logprobs` are numbers of alternatives to report; None reports no log-probabilities.
     `account`, as a part of that of `principal` if there is one, with its `weight`, pays for tokens;
     `priority` orders its requests. Only requests with the same `cache_salt` share keys and values.
@@ -73,6 +74,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     adapters: list[AdapterRef] = []
     sampling: SamplingParams = SamplingParams()
     stop_token_ids: list[int] = []
+    min_new_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     priority: int = 0
@@ -373,9 +375,7 @@ class ControlDone(msgspec.Struct, frozen=True, tag="done"):
 
 
 class Attempt(msgspec.Struct, frozen=True, tag="attempt"):
-    """Work on an adapter begins, or has ended. `work` is "load" or "merge".
-    Sent at once and before the work begins, because the process may not survive the work.
-    """
+    """A "load" or "merge" begins, or has ended. The process may not survive such `work`."""
 
     digest: str
     work: str

@@ -38,6 +38,8 @@ def request_attributes(
         "gen_ai.request.stream": streaming,
         "gen_ai.output.type": "text",
     }
+    if request.n > 1:
+        given["gen_ai.request.choice.count"] = request.n
     if request.stop.HasField("max_new_tokens"):
         given["gen_ai.request.max_tokens"] = request.stop.max_new_tokens
     for field, value in request.sampling.ListFields():
@@ -55,12 +57,12 @@ def adapter_attributes(records: Sequence[Record], base: str) -> dict[str, Value]
 
 
 def usage_attributes(
-    prompt_tokens: int, cached_tokens: int, generated_tokens: int, finish: str
+    prompt_tokens: int, cached_tokens: int, generated_tokens: int, finishes: Sequence[str]
 ) -> dict[str, Value]:
-    """What a request has taken. `finish` is why it ended: "" if it failed."""
+    """What a request has taken. `finishes` are why its completions ended: none if it failed."""
     return {
         "gen_ai.usage.input_tokens": prompt_tokens,
         "gen_ai.usage.cache_read.input_tokens": cached_tokens,
         "gen_ai.usage.output_tokens": generated_tokens,
-        **({"gen_ai.response.finish_reasons": [finish]} if finish else {}),
+        **({"gen_ai.response.finish_reasons": [*finishes]} if finishes else {}),
     }

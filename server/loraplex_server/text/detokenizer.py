@@ -71,6 +71,26 @@ class TokenTexts:
             text = self._pieces[token] = self.after_anchor([token])
         return text
 
+    def raw(self, token: int) -> bytes:
+        """Bytes of a token after another one, special or not; b"" for an id without a token."""
+        if _is_byte_level(self._form):
+            return self.level_bytes(token)
+        return self.fallback_byte(token) or self.text(token).encode()
+
+    def raws(self, tokens: Sequence[int]) -> list[bytes]:
+        """Bytes of each token of a text, which joined are the text with its special tokens.
+
+        The first token may lack a space that it has after another one.
+        """
+        found = list(map(self.raw, tokens))
+        if not _is_byte_level(self._form):
+            shown = (at for at, token in enumerate(tokens) if self.is_visible(token, False))
+            at = next(shown, None)
+            # A part of a character alone would become U+FFFD.
+            if at is not None and self.fallback_byte(tokens[at]) < b"\x80":
+                found[at] = self.alone([tokens[at]]).encode()
+        return found
+
     def after_anchor(self, tokens: Sequence[int]) -> str:
         """Text of tokens after another one, as some decoders strip the beginning of a text."""
         return self.alone([*self._anchor, *tokens])[len(self._anchor_text) :]

@@ -18,8 +18,10 @@ class StopMatcher:
         matched: the stop string that was found; None as long as none was.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
+        """With `include`, the stop string that was found is returned at the end."""
         self.matched: str | None = None
+        self._include = include
         self._stops = tuple(stops)
         self._beginnings = frozenset(s[:n] for s in stops for n in range(1, len(s)))
         self._longest = max((len(s) for s in stops), default=1) - 1
@@ -27,22 +29,27 @@ class StopMatcher:
         self._pieces: deque[tuple[str, str]] = deque()
         """What is held, as pieces to search with their pieces to return."""
 
-    def push(self, text: str, shown: str | None = None) -> tuple[str, bool]:
+    def push(self, text: str, shown: str | None = None, may_end: bool = True) -> tuple[str, bool]:
         """Adds text; returns text outside of any stop string, and whether one was found.
 
-        `shown` is what is returned in place of `text`; None if they are the same. No text may be
-        pushed once a stop string was found.
+        `shown` is what is returned in place of `text`; None if they are the same. A stop string
+        that this text completes is passed over unless it `may_end` the text. No text may be pushed
+        once a stop string was found.
         """
         shown = text if shown is None else shown
         if not self._stops:
             return shown, False
         self._pieces.append((text, shown))
-        held = self._held + text
-        matches = [(at + len(s), at) for s in self._stops if (at := held.find(s)) >= 0]
+        before, held = len(self._held), self._held + text
+        matches = [
+            (at + len(s), at)
+            for s in (self._stops if may_end else ())
+            if (at := held.find(s, max(0, before - len(s) + 1))) >= 0
+        ]
         if matches:
             end, begin = min(matches)
             self.matched = held[begin:end]
-            return self._release(begin), True
+            return self._release(begin) + (self.matched if self._include else ""), True
         keep = self._undecided(held)
         self._held = held[len(held) - keep :]
         return self._release(len(held) - keep), False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +30,15 @@ INLINE_CHARACTERS: Final = 2048
 
 class TooLong(Exception):
     """A text that exceeds the context however it is tokenised."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextTokens:
+    """A text and its tokens, with the bytes of each token if they were asked for."""
+
+    text: str
+    token_ids: list[int]
+    pieces: list[bytes]
 
 
 class TextTokenizer:
@@ -170,6 +180,44 @@ class TextTokenizer:
             pair = self._tokenizer.decode([*self._anchor, token], skip_special_tokens=False)
             text = self._texts[token] = pair[len(self._anchor_text) :]
         return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """Bytes of a single token after another one, whole characters or not."""
+        return b"" if self._token_texts is None else self._token_texts.raw(token)
+
+    async def tokens(self, text: str, begins: bool, with_bytes: bool) -> TextTokens:
+        """A text of any length as tokens, behind those that begin a prompt if it `begins` one.
+
+        Raises TextRefused.
+        """
+        encoder = self._needed()
+
+        def work() -> TextTokens:
+            ids = encoder.encode(text) if begins else encoder.encode_text(text)
+            return TextTokens(text, ids, self._raws(ids) if with_bytes else [])
+
+        return work() if len(text) <= INLINE_CHARACTERS else await self._lane.run(work)
+
+    async def text_of(
+        self, ids: Sequence[int], skip_special_tokens: bool, with_bytes: bool
+    ) -> TextTokens:
+        """Any number of tokens as a text, in which bytes that are no character become U+FFFD.
+
+        Raises TextRefused.
+        """
+        self._needed()
+        tokenizer = self._tokenizer
+        assert tokenizer is not None, "there is an encoder without a tokenizer"
+
+        def work() -> TextTokens:
+            given = list(ids)
+            text = tokenizer.decode(given, skip_special_tokens=skip_special_tokens)
+            return TextTokens(text, given, self._raws(given) if with_bytes else [])
+
+        return work() if len(ids) <= INLINE_CHARACTERS else await self._lane.run(work)
+
+    def _raws(self, ids: Sequence[int]) -> list[bytes]:
+        return [] if self._token_texts is None else self._token_texts.raws(ids)
 
     def _needed(self) -> PromptEncoder:
         if self._encoder is None:

@@ -65,8 +65,11 @@ class Quotas:
         """Number of principals with a state."""
         return len(self._uses)
 
-    def enter(self, principal: Principal) -> Allowance:
-        """Takes the place of a request, a context manager. Raises Refusal(QUOTA_EXCEEDED)."""
+    def enter(self, principal: Principal, requests: int = 1) -> Allowance:
+        """Takes the places of a call's requests, a context manager. Raises Refusal(QUOTA_EXCEEDED).
+
+        All requests of a call have the same prompt.
+        """
         if not principal.name:
             return _UNLIMITED
         now, limits = self._clock(), principal.limits
@@ -76,37 +79,44 @@ class Quotas:
         if use is None:
             use = self._uses[principal.name] = _Use()
         use.follow(limits, now)
-        self._require_place(principal, use)
-        if use.requests is not None and (wait := use.requests.wait(1, now)) > 0:
+        self._require_places(principal, use, requests)
+        if use.requests is not None and (wait := use.requests.wait(requests, now)) > 0:
             text = f"may begin {use.requests.per_minute} requests a minute"
+            if wait == math.inf:
+                text += f"; the call has {requests}, so it is never accepted"
             raise quota_exceeded(
                 principal.name, "requests_per_minute", text + _from_when(wait), wait
             )
         if use.tokens is not None and (wait := use.tokens.wait(1, now)) > 0:
             text = f"may use {use.tokens.per_minute} tokens a minute and has used them"
             raise quota_exceeded(principal.name, "tokens_per_minute", text + _from_when(wait), wait)
-        return _Taken(self, principal, use)
+        return _Taken(self, principal, use, requests)
 
-    def _require_place(self, principal: Principal, use: _Use) -> None:
+    def _require_places(self, principal: Principal, use: _Use, requests: int) -> None:
         limits = principal.limits
-        most = limits.concurrent_requests
-        if most is not None and use.active >= most:
-            text = f"has {use.active} requests in the server and may have {most}"
-            raise quota_exceeded(principal.name, "concurrent_requests", text, PAUSE_SECONDS)
-        if limits.queue_share is None:
-            return
-        places = _part(limits.queue_share, self._max_requests)
-        if use.active >= places:
-            text = (
-                f"has {use.active} requests in the server and may have {places}, which is "
-                f"{limits.queue_share:g} of all places"
-            )
-            raise quota_exceeded(principal.name, "queue_share", text, PAUSE_SECONDS)
+        bounds = [("concurrent_requests", limits.concurrent_requests, "")]
+        if (share := limits.queue_share) is not None:
+            places = _part(share, self._max_requests)
+            bounds.append(("queue_share", places, f", which is {share:g} of all places"))
+        for limit, most, which in bounds:
+            if most is None or use.active + requests <= most:
+                continue
+            text = f"has {use.active} requests in the server and may have {most}{which}"
+            if requests > 1:
+                text += f"; the call has {requests}"
+            is_never = requests > max(1, most)
+            text += ", so it is never accepted" if is_never else ""
+            wait = math.inf if is_never else PAUSE_SECONDS
+            raise quota_exceeded(principal.name, limit, text, wait)
 
-    def _require_prompt(self, principal: Principal, use: _Use, tokens: int, now: float) -> None:
+    def _require_prompt(
+        self, principal: Principal, use: _Use, requests: int, each: int, now: float
+    ) -> None:
+        tokens = requests * each
+        has = f"the prompt has {each}" + (f", {requests} times" if requests > 1 else "")
         if use.tokens is not None and (wait := use.tokens.wait(tokens, now)) > 0:
             most = use.tokens.per_minute
-            text = f"may use {most} tokens a minute; the prompt has {tokens}"
+            text = f"may use {most} tokens a minute; {has}"
             text += ", so it is never accepted" if tokens > most else _from_when(wait)
             raise quota_exceeded(principal.name, "tokens_per_minute", text, wait)
         share = principal.limits.queue_share
@@ -117,7 +127,7 @@ class Quotas:
         if use.waiting_tokens + tokens > room:
             text = (
                 f"has {use.waiting_tokens} prompt tokens waiting and may have {room}, which is "
-                f"{share:g} of all; the prompt has {tokens}"
+                f"{share:g} of all; {has}"
             )
             raise quota_exceeded(principal.name, "queue_share", text, PAUSE_SECONDS)
 
@@ -155,19 +165,28 @@ class _Use:
 
 
 class Allowance(Protocol):
-    """What one request has taken of its principal's limits; leaving the context frees its place."""
+    """What a call's requests have taken of their principal's limits.
+
+    Leaving the context frees their places.
+    """
 
     def __enter__(self) -> Allowance:
-        """Takes the place."""
+        """Takes the places."""
 
     def prompt(self, tokens: int) -> None:
-        """Takes the prompt's tokens, which wait from now on. Raises Refusal(QUOTA_EXCEEDED)."""
+        """Takes the prompt's tokens for each request, which wait from now on.
+
+        Raises Refusal(QUOTA_EXCEEDED).
+        """
 
     def begin(self) -> None:
-        """Notes that the prompt is computed, so that it does not wait any more."""
+        """Notes that the prompt of a request is computed, so that it does not wait any more."""
 
     def generated(self, tokens: int) -> None:
         """Takes tokens that were produced. Never refuses."""
+
+    def end(self) -> None:
+        """Frees the place of a request that has ended, unless it is the call's last one."""
 
     def __exit__(
         self,
@@ -175,7 +194,7 @@ class Allowance(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Frees the place; a request that nothing was computed of gets everything back."""
+        """Frees the places; a call that nothing was computed of gets everything back."""
 
 
 class _Unlimited:
@@ -195,6 +214,9 @@ class _Unlimited:
     def generated(self, tokens: int) -> None:
         pass
 
+    def end(self) -> None:
+        pass
+
     def __exit__(self, *_: object) -> None:
         pass
 
@@ -203,39 +225,57 @@ _UNLIMITED: Final = _Unlimited()
 
 
 class _Taken:
-    """The allowance of a request of a principal."""
+    """The allowance of a principal's call."""
 
-    __slots__ = ("_begun", "_principal", "_quotas", "_taken", "_use", "_waiting")
+    __slots__ = (
+        "_begun",
+        "_places",
+        "_principal",
+        "_prompt",
+        "_quotas",
+        "_requests",
+        "_taken",
+        "_use",
+        "_waiting",
+    )
 
-    def __init__(self, quotas: Quotas, principal: Principal, use: _Use) -> None:
+    def __init__(self, quotas: Quotas, principal: Principal, use: _Use, requests: int) -> None:
         self._quotas = quotas
         self._principal = principal
         self._use = use
+        self._requests = self._places = requests
         self._taken = 0
+        self._prompt = 0
         self._waiting = 0
         self._begun = False
 
     def __enter__(self) -> Allowance:
-        self._use.active += 1
+        self._use.active += self._requests
         if self._use.requests is not None:
-            self._use.requests.take(1, self._quotas._clock())
+            self._use.requests.take(self._requests, self._quotas._clock())
         return self
 
     def prompt(self, tokens: int) -> None:
-        now = self._quotas._clock()
-        self._quotas._require_prompt(self._principal, self._use, tokens, now)
-        self._use.waiting_tokens += tokens
-        self._waiting = tokens
-        self._take(tokens, now)
+        now, requests = self._quotas._clock(), self._requests
+        self._quotas._require_prompt(self._principal, self._use, requests, tokens, now)
+        self._prompt = tokens
+        self._waiting = requests * tokens
+        self._use.waiting_tokens += self._waiting
+        self._take(self._waiting, now)
 
     def begin(self) -> None:
         self._begun = True
-        self._use.waiting_tokens -= self._waiting
-        self._waiting = 0
+        self._use.waiting_tokens -= self._prompt
+        self._waiting -= self._prompt
 
     def generated(self, tokens: int) -> None:
         if self._use.tokens is not None:
             self._take(tokens, self._quotas._clock())
+
+    def end(self) -> None:
+        if self._places > 1:
+            self._places -= 1
+            self._use.active -= 1
 
     def _take(self, tokens: int, now: float) -> None:
         if self._use.tokens is not None:
@@ -249,13 +289,13 @@ class _Taken:
         trace: TracebackType | None,
     ) -> None:
         use = self._use
-        use.active -= 1
+        use.active -= self._places
         use.waiting_tokens -= self._waiting
         if self._begun or not isinstance(error, Refusal) or error.reason not in UNCOMPUTED:
             return
         now = self._quotas._clock()
         if use.requests is not None:
-            use.requests.give_back(1, now)
+            use.requests.give_back(self._requests, now)
         if use.tokens is not None:
             use.tokens.give_back(self._taken, now)
 

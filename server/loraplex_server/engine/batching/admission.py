@@ -41,12 +41,12 @@ def refusal(
     vocab_size = info.base.config.vocab_size
     size, bias = len(submit.token_ids), submit.sampling.logit_bias
     assert size > 0, "the prompt is empty"
-    assert submit.max_new_tokens >= 1, "max_new_tokens must be at least 1"
+    assert submit.max_new_tokens >= 0, "max_new_tokens is negative"
     assert not bias or 0 <= min(bias) <= max(bias) < vocab_size, "a biased token is unknown"
     if not 0 <= min(submit.token_ids) <= max(submit.token_ids) < vocab_size:
         return Failure(Reason.FIELD_INVALID, f"token ids must be below {vocab_size}")
     longest = min(info.max_context, cache_tokens + 1)
-    if size + submit.max_new_tokens > longest:
+    if size + max(1, submit.max_new_tokens) > longest:
         text = f"{size} prompt tokens and {submit.max_new_tokens} new ones are more than {longest}"
         return Failure(Reason.PROMPT_TOO_LONG, text)
     if len(waiting) >= limits.max_waiting:

@@ -183,6 +183,11 @@ class Request:
         return self.pins[0].digest if len(self.mix) == 1 and self.mix[0][1] == 1.0 else None
 
     @property
+    def generates(self) -> bool:
+        """Whether tokens are wanted. Without, its end is that its prompt is computed."""
+        return self.submit.max_new_tokens > 0
+
+    @property
     def generated(self) -> int:
         """Number of tokens generated so far, without those that are not known yet."""
         return len(self.tokens) - self.prompt_len - self.pending
@@ -190,7 +195,7 @@ class Request:
     @property
     def next_is_last(self) -> bool:
         """Whether the token after `tokens` ends the request by its length."""
-        return len(self.tokens) - self.prompt_len + 1 == self.submit.max_new_tokens
+        return len(self.tokens) - self.prompt_len + 1 >= self.submit.max_new_tokens
 
     @property
     def is_finishing(self) -> bool:
@@ -218,7 +223,7 @@ class Request:
     @property
     def most_tokens(self) -> int:
         """Upper bound of its own tokens in the KV cache: the last one is never computed."""
-        return self.prompt_len + self.submit.max_new_tokens - 1
+        return self.prompt_len + max(1, self.submit.max_new_tokens) - 1
 
     @property
     def is_long(self) -> bool:

@@ -15,7 +15,7 @@ the output.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ctypes import addressof
 
 import numpy as np
@@ -84,6 +84,7 @@ class Draw:
     """
 
     __slots__ = (
+        "_barred_until",
         "_bias_ids",
         "_bias_values",
         "_counts",
@@ -96,23 +97,25 @@ class Draw:
         "params",
     )
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        ends: Sequence[int] = (),
+        min_tokens: int = 0,
+    ) -> None:
+        """The first `min_tokens` tokens are none of `ends`."""
         self.params = params
         self._index = 0
-        self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
-        self._bias_values = np.fromiter(params.logit_bias.values(), np.float32)
+        self._barred_until = min_tokens if ends else 0
         penalised = params.repetition_penalty != 1.0
         self._seen = _Tokens(prompt) if penalised else None
         counted = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         self._counts = _Tokens() if counted else None
-        self._is_plain = not (params.logit_bias or penalised or counted)
         self.is_costly = params.top_p < 1.0 and params.temperature > _HOT
         self._state = DrawState(
             seed=params.seed & _MASK,
             top_p=params.top_p,
-            bias_ids=self._bias_ids.ctypes.data,
-            bias_values=self._bias_values.ctypes.data,
-            biased=len(self._bias_ids),
             top_k=min(params.top_k, _MOST),
             divisor=max(params.temperature, _TINY),
             min_p=params.min_p,
@@ -121,10 +124,21 @@ class Draw:
             presence=params.presence_penalty,
             frequency=params.frequency_penalty,
             greedy=params.temperature == 0.0,
-            plain=self._is_plain,
         )
         self.address = addressof(self._state)
+        barred = dict.fromkeys(ends, -math.inf) if self._barred_until else {}
+        self._bias({**params.logit_bias, **barred})
         self._point()
+
+    def _bias(self, bias: Mapping[int, float]) -> None:
+        """Adds these values to the logits of the next choices, in place of others."""
+        self._bias_ids = np.fromiter(bias.keys(), np.int64, len(bias))
+        self._bias_values = np.fromiter(bias.values(), np.float32, len(bias))
+        self._is_plain = not bias and self._seen is None and self._counts is None
+        state = self._state
+        state.bias_ids = self._bias_ids.ctypes.data
+        state.bias_values = self._bias_values.ctypes.data
+        state.biased, state.plain = len(bias), self._is_plain
 
     def _point(self) -> None:
         """Lets the kernels see the tokens so far."""
@@ -140,6 +154,10 @@ class Draw:
     def is_plain_greedy(self) -> bool:
         """Whether the next token is the one with the largest unadjusted logit."""
         return self._is_plain and self.params.temperature == 0.0
+
+    def is_biased(self, ahead: int = 0) -> bool:
+        """Whether values are added to the logits of the choice that is `ahead` after the next."""
+        return bool(self.params.logit_bias) or self._index + ahead < self._barred_until
 
     def uniform(self, ahead: int = 0) -> float:
         """The random number of the choice that is `ahead` choices after the next; 0 if greedy."""
@@ -169,6 +187,8 @@ class Draw:
             self._seen.add(token)
         if self._counts is not None:
             self._counts.add(token)
+        if self._index == self._barred_until:
+            self._bias(self.params.logit_bias)
         self._point()
 
     def choose(self, logits: Floats) -> int:

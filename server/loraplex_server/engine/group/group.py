@@ -105,7 +105,7 @@ class EngineGroup:
         """
         engine = self._evidence.confined_to(message)
         if engine is None or self.members[engine].client.has_given_up:
-            tokens = len(message.token_ids) + message.max_new_tokens
+            tokens = len(message.token_ids) + max(1, message.max_new_tokens)
             engine = self._choose([ref.digest for ref in message.adapters], tokens)
         self._routes.add(message, engine)
         return self.members[engine].client.submit(message)

@@ -126,6 +126,7 @@ class Answers:
             (at, request.submit.logprobs)
             for at, (request, token) in enumerate(zip(due, tokens, strict=True))
             if request.submit.logprobs is not None
+            and request.generates
             and token != NON_FINITE
             and token not in request.stops
         ]
@@ -180,7 +181,8 @@ class Answers:
     def give(self, request: Request, token: int, entries: list[Logprobs]) -> None:
         """Gives a request its next token, and adds it to the outputs.
 
-        `entries` are the log-probabilities of the token, if the request wants them.
+        `entries` are the log-probabilities of the token, if the request wants them. The token of a
+        request that wants none is dropped: it only shows that the prompt's logits are finite.
         """
         if token == NON_FINITE:
             self._end(request, NOT_FINITE)
@@ -189,7 +191,9 @@ class Answers:
         generated = request.generated
         started = generated == 0
         finish: str | None = None
-        if token in request.stops:
+        if not request.generates:
+            finish = "length"
+        elif token in request.stops:
             finish = "stop"
         elif generated + 1 == request.submit.max_new_tokens:
             finish = "length"
@@ -199,7 +203,7 @@ class Answers:
             return
         output = Output(
             id=request.id,
-            token_ids=[] if finish == "stop" else [token],
+            token_ids=[token] if request.generates and finish != "stop" else [],
             logprobs=entries,
             prompt_logprobs=request.prompt_logprobs if started else [],
             started=started,

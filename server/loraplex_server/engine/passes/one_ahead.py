@@ -12,8 +12,8 @@ on the device, and negative numbers stand for them in the requests.
 A request may end by a stop token in N, by an abort or by its deadline when its row of N + 1 is
 launched already. The result of that row is dropped, which wastes one row
 of one pass. The number of tokens is known in advance, so an end by length wastes nothing. Requests
-whose next token is chosen on the host (biased logits, log-probabilities of new tokens) take part in
-every other pass.
+whose next token is chosen on the host (biased logits, log-probabilities of new tokens, no end yet)
+take part in every other pass.
 
 Memory. The launches run in order, on one stream:
 
@@ -232,7 +232,7 @@ class OneAhead:
 
 def _is_chosen_on_host(request: Request) -> bool:
     """Whether the host needs the logits from which the request's next token is chosen."""
-    return request.submit.logprobs is not None or bool(request.submit.sampling.logit_bias)
+    return request.submit.logprobs is not None or request.draw.is_biased(request.pending)
 
 
 def _order(request: Request) -> DrawOrder:

@@ -81,6 +81,7 @@ ENTRIES: Final[Mapping[str, int]] = MappingProxyType(
             "TrainingMethod.options": MAX_OPTIONS,
             "TrainingDelivery.labels": MAX_LABELS,
             "ListJobsRequest.states": MAX_STATES,
+            "DetokenizeRequest.token_ids": MAX_TOKEN_IDS,
         }.items()
     }
 )
@@ -170,6 +171,7 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
             "WatchJobRequest.job_id": MAX_NAME,
             "ListJobsRequest.page_token": MAX_PAGE_TOKEN,
             "RenderChatRequest.adapter_id": MAX_NAME,
+            "TokenizeRequest.text": MAX_MESSAGE_BYTES,
         }.items()
     }
 )

@@ -56,7 +56,8 @@ class CompletionBuilder:
 
     Stop strings are searched for in the text with its special tokens, whether or not the returned
     text has them. The token that completes a stop string is the last one: it counts, and tokens
-    that the engine computed after it are dropped.
+    that the engine computed after it are dropped. A stop string that is complete with fewer than
+    `min_tokens` tokens is passed over.
     """
 
     def __init__(
@@ -65,12 +66,16 @@ class CompletionBuilder:
         prompt: Sequence[int],
         stop_strings: Sequence[str],
         skip_special_tokens: bool = True,
+        *,
+        min_tokens: int = 0,
+        include_stop: bool = False,
     ) -> None:
         self._shown = tokenizer.detokenizer(prompt, skip_special_tokens)
         self._searched = self._shown
         if stop_strings and skip_special_tokens:
             self._searched = tokenizer.detokenizer(prompt, False)
-        self._stops = StopMatcher(stop_strings)
+        self._stops = StopMatcher(stop_strings, include_stop)
+        self._min_tokens = min_tokens
         self.tokens = 0
         """Number of tokens returned so far."""
         self.base_tokens = 0
@@ -86,13 +91,13 @@ class CompletionBuilder:
         texts = []
         stopped = False
         for at, token in enumerate(tokens):
-            text, stopped = self._push(token)
+            text, stopped = self._push(token, self.tokens + at + 1)
             texts.append(text)
             if stopped:
                 del tokens[at + 1 :], logprobs[at + 1 :]
                 break
         if finish and not stopped:
-            text, stopped = self._push(None)
+            text, stopped = self._push(None, self.tokens + len(tokens))
             texts.append(text)
             if not stopped:
                 texts.append(self._stops.finish())
@@ -102,15 +107,18 @@ class CompletionBuilder:
             return Piece(text, tokens, logprobs, "stop", stop_text=self._stops.matched)
         return Piece(text, tokens, logprobs, finish, stop_token=outputs[-1].stop_token)
 
-    def _push(self, token: int | None) -> tuple[str, bool]:
-        """Adds a token, or None for the end; returns new text, and whether a stop string ended."""
+    def _push(self, token: int | None, count: int) -> tuple[str, bool]:
+        """Adds a token, or None for the end; returns new text, and whether a stop string ended.
+
+        `count` tokens have been added then.
+        """
 
         def text(source: Detokenizer) -> str:
             return source.finish() if token is None else source.push(token)
 
         shown = text(self._shown)
         searched = shown if self._searched is self._shown else text(self._searched)
-        return self._stops.push(searched, shown)
+        return self._stops.push(searched, shown, count >= self._min_tokens)
 
 
 async def add_logprobs(
@@ -118,11 +126,11 @@ async def add_logprobs(
     tokenizer: TextTokenizer,
     logprobs: Iterable[Logprobs],
 ) -> None:
-    """Adds log-probabilities to a field of a reply, with the tokens' texts.
+    """Adds log-probabilities to a field of a reply, with the tokens' texts and bytes.
 
     Lets other tasks run after every `SLICE_ENTRIES` tokens and alternatives.
     """
-    text = tokenizer.token_text
+    text, raw = tokenizer.token_text, tokenizer.token_bytes
     entries = 0
     for each in logprobs:
         if entries >= SLICE_ENTRIES:
@@ -131,13 +139,10 @@ async def add_logprobs(
         added = field.add()
         chosen = added.chosen
         chosen.SetInParent()
-        chosen.token_id, chosen.logprob, chosen.text = (
-            each.token_id,
-            each.logprob,
-            text(each.token_id),
-        )
+        chosen.token_id, chosen.logprob = each.token_id, each.logprob
+        chosen.text, chosen.raw = text(each.token_id), raw(each.token_id)
         for token, value in each.top:
-            added.top.add(token_id=token, logprob=value, text=text(token))
+            added.top.add(token_id=token, logprob=value, text=text(token), raw=raw(token))
         entries += 1 + len(each.top)
 
 

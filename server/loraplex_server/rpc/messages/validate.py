@@ -41,6 +41,11 @@ MAX_LOGPROBS: Final = 20
 MAX_PROMPT_SCORES: Final = 1 << 20
 """Most log-probabilities of a prompt: its tokens and their alternatives together."""
 
+MAX_SCORES: Final = 1 << 20
+"""The same for the new tokens of all completions of a prompt, if there are several."""
+
+MAX_SAMPLES: Final = 128
+DEFAULT_NEW_TOKENS: Final = 256
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 
@@ -122,7 +127,7 @@ def generate(
     if request.HasField("sampling"):
         _sampling(request.sampling, bounds, checks)
     if request.HasField("stop"):
-        _stop(request.stop, bounds, checks)
+        _stop(request, bounds, checks)
     for field in ("logprobs", "prompt_logprobs"):
         if request.HasField(field):
             checks.between(field, getattr(request, field), 0, MAX_LOGPROBS)
@@ -132,6 +137,7 @@ def generate(
             "request_id",
             f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters",
         )
+    checks.between("n", request.n, 0, MAX_SAMPLES)
     checks.between("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
     if request.cache_salt:
         checks.size("cache_salt", request.cache_salt, MAX_CACHE_SALT)
@@ -147,18 +153,48 @@ def render_chat(request: model_pb2.RenderChatRequest) -> list[Problem]:
     return checks.problems
 
 
+def samples(request: generation_pb2.GenerateRequest) -> int:
+    """Number of completions that a request asks for, within the bounds if it is not valid."""
+    return min(max(1, request.n), MAX_SAMPLES)
+
+
+def new_tokens(request: generation_pb2.GenerateRequest) -> int:
+    """Most new tokens of each completion, as far as the context allows them."""
+    stop = request.stop
+    return stop.max_new_tokens if stop.HasField("max_new_tokens") else DEFAULT_NEW_TOKENS
+
+
 def scores(
-    request: generation_pb2.GenerateRequest, prompt_tokens: int, field_path: str = ""
+    request: generation_pb2.GenerateRequest, prompt_tokens: int, room: int, field_path: str = ""
 ) -> list[Problem]:
-    """Problems of the number of log-probabilities that a request asks for of its prompt."""
+    """Problems of the numbers of log-probabilities that a request asks for.
+
+    `room` is the context length that is left for prompt and answer.
+    """
+    checks = RequestChecks(field_path)
     entries = prompt_tokens * (1 + request.prompt_logprobs)
-    if not request.HasField("prompt_logprobs") or entries <= MAX_PROMPT_SCORES:
-        return []
-    text = (
-        f"asks for {entries} log-probabilities of a prompt of {prompt_tokens} tokens; "
-        f"at most {MAX_PROMPT_SCORES} are possible"
-    )
-    return [Problem(field_path + "prompt_logprobs", text)]
+    if request.HasField("prompt_logprobs") and entries > MAX_PROMPT_SCORES:
+        text = (
+            f"asks for {entries} log-probabilities of a prompt of {prompt_tokens} tokens; "
+            f"at most {MAX_PROMPT_SCORES} are possible"
+        )
+        checks.add("prompt_logprobs", text)
+    count, tokens = samples(request), min(new_tokens(request), room - prompt_tokens)
+    entries = count * tokens * (1 + request.logprobs)
+    if request.HasField("logprobs") and count > 1 and entries > MAX_SCORES:
+        text = (
+            f"asks for {entries} log-probabilities of {count} completions of {tokens} tokens; "
+            f"at most {MAX_SCORES} are possible"
+        )
+        checks.add("logprobs", text)
+    return checks.problems
+
+
+def detokenize(request: model_pb2.DetokenizeRequest, bounds: ModelBounds) -> list[Problem]:
+    """Problems of tokens that are to become a text."""
+    checks = RequestChecks("")
+    checks.tokens("token_ids", request.token_ids, bounds.vocab_size)
+    return checks.problems
 
 
 def _adapters(request: generation_pb2.GenerateRequest, checks: RequestChecks) -> None:
@@ -274,11 +310,19 @@ def _sampling(
             checks.between(field, bias, -100, 100)
 
 
-def _stop(stop: generation_pb2.StopConditions, bounds: ModelBounds, checks: RequestChecks) -> None:
-    if stop.HasField("max_new_tokens"):
-        checks.require(stop.max_new_tokens >= 1, "stop.max_new_tokens", "must be at least 1")
+def _stop(
+    request: generation_pb2.GenerateRequest, bounds: ModelBounds, checks: RequestChecks
+) -> None:
+    stop = request.stop
     checks.at_most("stop.strings", stop.strings, MAX_STOP_STRINGS)
     for i, text in enumerate(stop.strings[:MAX_STOP_STRINGS]):
         checks.size(f"stop.strings[{i}]", text, MAX_STOP_STRING_BYTES)
     checks.at_most("stop.token_ids", stop.token_ids, MAX_STOP_TOKENS)
     checks.tokens("stop.token_ids", stop.token_ids[:MAX_STOP_TOKENS], bounds.vocab_size)
+    if stop.min_new_tokens:
+        most = new_tokens(request)
+        text = f"must be at most `max_new_tokens`, which is {most}"
+        checks.require(stop.min_new_tokens <= most, "stop.min_new_tokens", text)
+        ends = {*stop.token_ids[:MAX_STOP_TOKENS], *bounds.eos_token_ids}
+        text = "must be 0, as every token of the vocabulary ends the completion"
+        checks.require(len(ends) < bounds.vocab_size, "stop.min_new_tokens", text)

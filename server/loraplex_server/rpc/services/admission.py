@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from typing import Final
 
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import Problem, Reason, Refusal
 
 from loraplex_server.metrics import Metrics
 
@@ -63,16 +63,30 @@ class Admission:
         since = min(list(self._waiting_since.values()), default=None)
         return 0.0 if since is None else time.monotonic() - since
 
-    def enter(self, account: str = "") -> Ticket:
-        """Takes a place in the queue, a context manager. Raises Refusal(OVERLOADED)."""
+    def unfit(self, requests: int, field: str, tokens: int = 0) -> list[Problem]:
+        """Problems of a call of several requests, `field`, that is never accepted.
+
+        `tokens` are those of the prompt of each request.
+        """
+        most = self._max_waiting_tokens
+        if requests > self._max_requests:
+            text = f"is {requests}, and the server takes at most {self._max_requests} requests"
+        elif requests > 1 and requests * tokens > most:
+            text = f"is {requests}: that many prompts of {tokens} tokens have more than {most}"
+        else:
+            return []
+        return [Problem(field, text)]
+
+    def enter(self, account: str = "", requests: int = 1) -> Ticket:
+        """Takes places in the queue, a context manager. Raises Refusal(OVERLOADED)."""
         most = self._max_requests
-        if self._accounts[account] < self._reserved:
+        if self._accounts[account] + requests <= self._reserved:
             most += self._reserved
-        if self._requests >= most:
+        if self._requests + requests > most:
             raise Refusal(
                 Reason.OVERLOADED, f"{self._requests} requests are in the server; try again later"
             )
-        return Ticket(self, account)
+        return Ticket(self, account, requests)
 
     def _count(self, account: str, requests: int) -> None:
         self._accounts[account] += requests
@@ -106,38 +120,51 @@ class Admission:
 
 
 class Ticket:
-    """Place of one request in the queue; leaving the context frees it."""
+    """Places of a call's requests in the queue; leaving the context frees them."""
 
-    __slots__ = ("_account", "_admission", "_running", "_tokens")
+    __slots__ = ("_account", "_admission", "_places", "_prompt", "_running", "_waiting")
 
-    def __init__(self, admission: Admission, account: str) -> None:
+    def __init__(self, admission: Admission, account: str, requests: int) -> None:
         self._admission = admission
         self._account = account
-        self._tokens = 0
-        self._running = False
+        self._places = self._waiting = requests
+        self._prompt = 0
+        self._running = 0
 
     def __enter__(self) -> Ticket:
-        self._admission._count(self._account, 1)
+        self._admission._count(self._account, self._places)
         self._admission._waiting_since[self] = time.monotonic()
         return self
 
     def wait(self, tokens: int) -> None:
-        """Counts the prompt's tokens as waiting. Raises Refusal(OVERLOADED)."""
-        if not self._admission._room_for(tokens, self._account):
+        """Counts the tokens of each request's prompt as waiting. Raises Refusal(OVERLOADED)."""
+        if not self._admission._room_for(self._waiting * tokens, self._account):
             raise Refusal(Reason.OVERLOADED, "too many prompt tokens are waiting; try again later")
-        self._tokens = tokens
-        self._admission._wait(self._account, tokens)
+        self._prompt = tokens
+        self._admission._wait(self._account, self._waiting * tokens)
 
     def run(self) -> None:
-        """Counts the request as running, because its prompt is computed."""
-        self._admission._waiting_since.pop(self, None)
+        """Counts a request as running, because its prompt is computed."""
+        self._waiting -= 1
+        self._running += 1
+        if not self._waiting:
+            self._admission._waiting_since.pop(self, None)
         self._admission._change(running=1)
-        self._admission._wait(self._account, -self._tokens)
-        self._running = True
-        self._tokens = 0
+        self._admission._wait(self._account, -self._prompt)
+
+    def end(self) -> None:
+        """Frees the place of a request that has run, unless it is the last one.
+
+        The last one is kept until the client has read the end of the call.
+        """
+        if self._places > 1:
+            self._places -= 1
+            self._running -= 1
+            self._admission._change(running=-1)
+            self._admission._count(self._account, -1)
 
     def __exit__(self, *_: object) -> None:
         self._admission._waiting_since.pop(self, None)
-        self._admission._change(running=-int(self._running))
-        self._admission._wait(self._account, -self._tokens)
-        self._admission._count(self._account, -1)
+        self._admission._change(running=-self._running)
+        self._admission._wait(self._account, -self._waiting * self._prompt)
+        self._admission._count(self._account, -self._places)

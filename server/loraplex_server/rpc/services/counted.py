@@ -15,14 +15,16 @@ from loraplex_server.rpc.calls.errors import TABLE
 
 
 @contextmanager
-def counted(series: PrincipalSeries, principal: str, deadline: float | None) -> Iterator[None]:
-    """Counts a generation as active within the context, and its gRPC code at the end.
+def counted(
+    series: PrincipalSeries, principal: str, deadline: float | None, requests: int = 1
+) -> Iterator[None]:
+    """Counts a call's generations as active within the context, and its gRPC code at the end.
 
     `deadline` is that of the call, in seconds of `time.monotonic()`.
     """
     code = grpc.StatusCode.CANCELLED
     try:
-        with series.request(principal):
+        with series.active(principal, requests):
             yield
         code = grpc.StatusCode.OK
     except Refusal as error:
@@ -37,4 +39,4 @@ def counted(series: PrincipalSeries, principal: str, deadline: float | None) -> 
         code = grpc.StatusCode.INTERNAL
         raise
     finally:
-        series.ended(principal, code.name)
+        series.ended(principal, code.name, requests)

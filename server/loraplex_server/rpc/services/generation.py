@@ -5,54 +5,47 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import grpc
-from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
-from google.protobuf.message import Message
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
-from loraplex_server.access.limits.quotas import Allowance, Quotas
+from loraplex_server.access.limits.quotas import Quotas
 from loraplex_server.access.principals import Principal, caller
-from loraplex_server.access.rules import cache_salt
 from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
 from loraplex_server.engine.group.face import Engine
-from loraplex_server.engine.messages import Failure, Logprobs, Output, SamplingParams, Submit
+from loraplex_server.engine.messages import Output
 from loraplex_server.fair_weights import account_of
-from loraplex_server.logs import REQUEST_ID, note
+from loraplex_server.logs import note
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry.registry import Registry
-from loraplex_server.registry.texts import end_tokens
 from loraplex_server.rpc.calls.errors import TABLE, for_client, require
 from loraplex_server.rpc.messages import validate
-from loraplex_server.rpc.messages.completion import (
-    FINISH_REASONS,
-    CompletionBuilder,
-    Piece,
-    add_logprobs,
-    slices,
-)
+from loraplex_server.rpc.messages.completion import add_logprobs, slices
 from loraplex_server.rpc.messages.slices import extend_in_slices
 from loraplex_server.rpc.services.admission import Admission, Ticket, admitted_deadline
+from loraplex_server.rpc.services.completions.call import CompletionRun, GenerationCall, text_of
+from loraplex_server.rpc.services.completions.events import (
+    delta_event,
+    finished_event,
+    started_event,
+)
+from loraplex_server.rpc.services.completions.interleaving import interleaved
 from loraplex_server.rpc.services.counted import counted
 from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.resolve import (
     WeightedAdapter,
     records,
-    references,
     resolve,
     room_beside,
     unmixable,
 )
 from loraplex_server.rpc.services.timing import GenerationTimes
-
-DEFAULT_MAX_NEW_TOKENS: Final = 256
 
 _Event = generation_pb2.GenerateStreamResponse
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -76,27 +69,34 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: _Context
     ) -> generation_pb2.GenerateResponse:
-        """Returns the whole completion."""
+        """Returns the whole completion, or all of them."""
         reply = generation_pb2.GenerateResponse()
-        pieces: list[str] = []
+        parts: list[generation_pb2.GenerateResponse | generation_pb2.Alternative] = [reply]
+        texts: list[list[str]] = []
         async with aclosing(self._events(request, context)) as events:
             async for event in events:
                 match event.WhichOneof("event"):
                     case "started":
                         reply.request_id = event.started.request_id
                         reply.adapters.extend(event.started.adapters)
+                        reply.prompt_token_ids.extend(event.started.prompt_token_ids)
                         scores = event.started.prompt_logprobs
                         await extend_in_slices(reply.prompt_logprobs, scores)
+                        others = range(1, validate.samples(request))
+                        parts += [reply.alternatives.add() for _ in others]
+                        texts = [[] for _ in parts]
                     case "delta":
-                        pieces.append(event.delta.text)
-                        reply.token_ids.extend(event.delta.token_ids)
-                        await extend_in_slices(reply.logprobs, event.delta.logprobs)
+                        part = parts[event.delta.index]
+                        texts[event.delta.index].append(event.delta.text)
+                        part.token_ids.extend(event.delta.token_ids)
+                        await extend_in_slices(part.logprobs, event.delta.logprobs)
                     case "finished":
-                        reply.finish_reason = event.finished.finish_reason
-                        reply.usage.CopyFrom(event.finished.usage)
+                        part = parts[event.finished.index]
+                        part.text = "".join(texts[event.finished.index])
+                        part.finish_reason = event.finished.finish_reason
+                        part.usage.CopyFrom(event.finished.usage)
                         if event.finished.HasField("matched_stop"):
-                            reply.matched_stop.CopyFrom(event.finished.matched_stop)
-        reply.text = "".join(pieces)
+                            part.matched_stop.CopyFrom(event.finished.matched_stop)
         return reply
 
     async def GenerateStream(
@@ -117,20 +117,23 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         base = self.engine.hello.model.name
         times = GenerationTimes(self.metrics, request, base, streaming)
         principal, deadline = caller(), admitted_deadline(context.time_remaining())
-        with counted(self.metrics.principals, principal.name, deadline):
+        samples = validate.samples(request)
+        with counted(self.metrics.principals, principal.name, deadline, samples):
             require(validate.generate(request, self.bounds, field_path))
+            require(self.admission.unfit(samples, field_path + "n"))
             account = principal.name or _asked(request)
             with (
-                self.quotas.enter(principal) as allowance,
-                self.admission.enter(account) as ticket,
+                self.quotas.enter(principal, samples) as allowance,
+                self.admission.enter(account, samples) as ticket,
             ):
                 adapters = await self._resolve(request, field_path, principal)
                 room = room_beside(adapters, self.bounds.max_context)
                 prompt = await self._prompt(request, adapters, field_path, room)
-                require(validate.scores(request, len(prompt), field_path))
+                require(validate.scores(request, len(prompt), room, field_path))
+                require(self.admission.unfit(samples, field_path + "n", len(prompt)))
                 allowance.prompt(len(prompt))
                 ticket.wait(len(prompt))
-                call = _Call(
+                call = GenerationCall(
                     request=request,
                     adapters=adapters,
                     prompt=prompt,
@@ -142,54 +145,30 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     principal=principal,
                     allowance=allowance,
                 )
-                with self.metrics.generation(call.names):
-                    async with aclosing(self._run(call, ticket, times)) as events:
-                        async for event in events:
-                            yield event
+                async with aclosing(self._run(call, samples, ticket, times)) as events:
+                    async for event in events:
+                        yield event
 
     async def _run(
-        self, call: _Call, ticket: Ticket, times: GenerationTimes
+        self, call: GenerationCall, samples: int, ticket: Ticket, times: GenerationTimes
     ) -> AsyncGenerator[_Event, None]:
-        request_id = next(self.ids)
-        completion = self._completion(call)
+        """Computes the completions of a call side by side, and records how they ended."""
+        runs = [
+            CompletionRun(
+                index,
+                next(self.ids),
+                text_of(call, self.prompts.tokenizer),
+                times.another() if index else times,
+            )
+            for index in range(samples)
+        ]
         code = grpc.StatusCode.CANCELLED
         try:
-            started, begun = self._started(call), False
-            not_before = 0.0
             times.submit(records(call.adapters))
-            outputs = self.engine.submit(call.submit(request_id, self.bounds))
-            while taken := await outputs.take(not_before):
-                for batch in slices(taken):
-                    for output in batch:
-                        if output.prompt_logprobs:
-                            field = started.started.prompt_logprobs
-                            await self._add_logprobs(field, output.prompt_logprobs)
-                        if output.started:
-                            begun = True
-                            completion.base_tokens = output.base_tokens
-                            completion.cached_tokens = output.cached_tokens
-                            self._begin(call, ticket, output)
-                            times.start(output)
-                            yield started
-                    piece = completion.take(batch)
-                    times.tokens(len(piece.token_ids))
-                    call.allowance.generated(len(piece.token_ids))
-                    if piece.token_ids or piece.text:
-                        yield await self._delta(piece)
-                    if piece.finish:
-                        times.finish(piece.finish)
-                        # Frees the rows now, without waiting for the client to read the message.
-                        self.engine.abort(request_id)
-                        code = grpc.StatusCode.OK
-                        yield _finished(piece, len(call.prompt), completion)
-                        return
-                    if (failure := batch[-1].error) is not None:
-                        failed = Refusal(failure.reason, failure.message)
-                        raise for_client(failed, _subject(call.request), call.field_of(failure))
-                    if len(batch) < len(taken):
-                        await asyncio.sleep(0)
-                not_before = self._next_look(call) if begun else 0.0
-            raise Refusal(Reason.ENGINE_FAULT, "internal error")
+            joined = interleaved([self._complete(call, run, ticket) for run in runs])
+            async with aclosing(joined) as events:
+                async for event in events:
+                    yield event
         except Refusal as error:
             code = TABLE[error.reason].code
             raise
@@ -198,16 +177,74 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 code = grpc.StatusCode.DEADLINE_EXCEEDED
             raise
         finally:
-            self.engine.abort(request_id)
-            self.metrics.generation_ended(call.names, code.name, completion.tokens)
-            self.metrics.principals.used(call.principal.name, "completion", completion.tokens)
-            times.end(len(call.prompt), completion.tokens)
+            if all(run.is_finished for run in runs):
+                code = grpc.StatusCode.OK
+            for run in runs:
+                self.engine.abort(run.id)
+                self.metrics.generation_ended(call.names, code.name, run.text.tokens)
+            tokens = sum(run.text.tokens for run in runs)
+            self.metrics.principals.used(call.principal.name, "completion", tokens)
+            times.end(len(call.prompt), tokens)
 
-    def _completion(self, call: _Call) -> CompletionBuilder:
-        request = call.request
-        skip = not request.HasField("skip_special_tokens") or request.skip_special_tokens
-        strings = list(request.stop.strings)
-        return CompletionBuilder(self.prompts.tokenizer, call.prompt, strings, skip)
+    async def _complete(
+        self, call: GenerationCall, run: CompletionRun, ticket: Ticket
+    ) -> AsyncGenerator[_Event, None]:
+        """The events of one completion; the first one is `started` for the first completion."""
+        begun, not_before = False, 0.0
+        started = None if run.index else started_event(call)
+        with self.metrics.generation(call.names):
+            outputs = self.engine.submit(call.submit(run.id, self.bounds, run.index))
+            while taken := await outputs.take(not_before):
+                for batch in slices(taken):
+                    for output in batch:
+                        if output.prompt_logprobs and started is not None:
+                            field = started.started.prompt_logprobs
+                            await add_logprobs(
+                                field, self.prompts.tokenizer, output.prompt_logprobs
+                            )
+                        if output.started:
+                            begun = True
+                            self._begin(call, run, ticket, output)
+                            if started is not None:
+                                yield started
+                    piece = run.text.take(batch)
+                    run.times.tokens(len(piece.token_ids))
+                    call.allowance.generated(len(piece.token_ids))
+                    if piece.token_ids or piece.text:
+                        yield await delta_event(piece, run.index, self.prompts.tokenizer)
+                    if piece.finish:
+                        self._finish(call, run, ticket, piece.finish)
+                        yield finished_event(piece, len(call.prompt), run)
+                        return
+                    if (failure := batch[-1].error) is not None:
+                        failed = Refusal(failure.reason, failure.message)
+                        raise for_client(failed, _subject(call.request), call.field_of(failure))
+                    if len(batch) < len(taken):
+                        await asyncio.sleep(0)
+                not_before = self._next_look(call) if begun else 0.0
+        raise Refusal(Reason.ENGINE_FAULT, "internal error")
+
+    def _begin(
+        self, call: GenerationCall, run: CompletionRun, ticket: Ticket, output: Output
+    ) -> None:
+        """Records that the prompt of a completion is computed."""
+        run.text.base_tokens = output.base_tokens
+        run.text.cached_tokens = output.cached_tokens
+        ticket.run()
+        call.allowance.begin()
+        self.metrics.generation_started(call.names, len(call.prompt), output.cached_tokens)
+        self.metrics.principals.used(call.principal.name, "prompt", len(call.prompt))
+        run.times.start(output)
+
+    def _finish(
+        self, call: GenerationCall, run: CompletionRun, ticket: Ticket, reason: str
+    ) -> None:
+        """Frees what a completion has taken, without waiting for the client to read its end."""
+        run.is_finished = True
+        run.times.finish(reason)
+        self.engine.abort(run.id)
+        ticket.end()
+        call.allowance.end()
 
     async def _resolve(
         self, request: generation_pb2.GenerateRequest, field_path: str, principal: Principal
@@ -236,7 +273,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             template = await self.registry.template(records(adapters))
         return await self.prompts.tokenise(request, field_path, room, template)
 
-    def _next_look(self, call: _Call) -> float:
+    def _next_look(self, call: GenerationCall) -> float:
         """Time before which further outputs are not needed; the last one is delivered at once.
 
         A write costs far more than a token. With few streams, tokens are sent as they come; with
@@ -249,131 +286,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             return math.inf
         writes = self.stream_writes
         return time.monotonic() + self.admission.running / writes if writes else 0.0
-
-    def _begin(self, call: _Call, ticket: Ticket, output: Output) -> None:
-        """Records that the prompt of a request is computed."""
-        ticket.run()
-        call.allowance.begin()
-        self.metrics.generation_started(call.names, len(call.prompt), output.cached_tokens)
-        self.metrics.principals.used(call.principal.name, "prompt", len(call.prompt))
-
-    def _started(self, call: _Call) -> _Event:
-        """The first event of a request, still without log-probabilities of the prompt."""
-        return _Event(
-            started=generation_pb2.GenerationStarted(
-                request_id=REQUEST_ID.get(),
-                adapters=[
-                    generation_pb2.ResolvedAdapter(
-                        name=each.adapter.record.name,
-                        version=each.adapter.record.version,
-                        digest=each.adapter.record.digest,
-                        weight=each.weight,
-                    )
-                    for each in call.adapters
-                ],
-                prompt_tokens=len(call.prompt),
-            )
-        )
-
-    async def _delta(self, piece: Piece) -> _Event:
-        event = _Event(
-            delta=generation_pb2.GenerationDelta(text=piece.text, token_ids=piece.token_ids)
-        )
-        await self._add_logprobs(event.delta.logprobs, piece.logprobs)
-        return event
-
-    async def _add_logprobs(
-        self,
-        field: RepeatedCompositeFieldContainer[generation_pb2.TokenLogprobs],
-        logprobs: Sequence[Logprobs],
-    ) -> None:
-        await add_logprobs(field, self.prompts.tokenizer, logprobs)
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A valid request with its adapters resolved and its prompt tokenised.
-
-    `room` is the context length that is left for prompt and answer. `field_path` is put before the
-    names of the request's fields in errors.
-    """
-
-    request: generation_pb2.GenerateRequest
-    adapters: Sequence[WeightedAdapter]
-    prompt: list[int]
-    room: int
-    deadline: float | None
-    field_path: str
-    streaming: bool
-    max_priority: int
-    principal: Principal
-    allowance: Allowance
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the adapters, each once, for metrics."""
-        return list(dict.fromkeys(each.adapter.record.name for each in self.adapters))
-
-    @property
-    def _priority_ceiling(self) -> int:
-        own = self.principal.limits.max_priority
-        return self.max_priority if own is None else min(self.max_priority, own)
-
-    def field_of(self, failure: Failure) -> str:
-        """Path of the request's field that a failure is about."""
-        if failure.reason == Reason.PROMPT_TOO_LONG.name:
-            return self.field_path + (self.request.WhichOneof("input") or "input")
-        return self.field_path + ("adapter_id" if self.request.adapter_id else "mix")
-
-    def submit(self, request_id: int, bounds: validate.ModelBounds) -> Submit:
-        """The request to the engine. Everything in it is decided here."""
-        request, stop = self.request, self.request.stop
-        wanted = stop.max_new_tokens if stop.HasField("max_new_tokens") else DEFAULT_MAX_NEW_TOKENS
-        ends = [] if stop.ignore_eos else end_tokens(records(self.adapters), bounds.eos_token_ids)
-        return Submit(
-            id=request_id,
-            token_ids=self.prompt,
-            max_new_tokens=min(wanted, self.room - len(self.prompt)),
-            adapters=references(self.adapters),
-            sampling=_sampling(request.sampling),
-            stop_token_ids=sorted({*ends, *stop.token_ids}),
-            logprobs=_given(request, "logprobs"),
-            prompt_logprobs=_given(request, "prompt_logprobs"),
-            priority=min(request.priority, self._priority_ceiling),
-            deadline=self.deadline,
-            account=account_of(self.names),
-            principal=self.principal.name,
-            weight=self.principal.weight,
-            cache_salt=cache_salt(self.principal, request.cache_salt),
-            request_id=REQUEST_ID.get(),
-        )
-
-
-def _sampling(wire: generation_pb2.SamplingParams) -> SamplingParams:
-    given: dict[str, Any] = {field.name: value for field, value in wire.ListFields()}
-    given.setdefault("seed", secrets.randbits(64))
-    return SamplingParams(**{**given, "logit_bias": dict(wire.logit_bias)})
-
-
-def _given(message: Message, field: str) -> Any:
-    """An optional field of a message; None if it is not set."""
-    return getattr(message, field) if message.HasField(field) else None
-
-
-def _finished(piece: Piece, prompt: int, completion: CompletionBuilder) -> _Event:
-    usage = generation_pb2.Usage(
-        prompt_tokens=prompt,
-        cached_prompt_tokens=completion.cached_tokens,
-        completion_tokens=completion.tokens,
-        base_prompt_tokens=completion.base_tokens,
-    )
-    return _Event(
-        finished=generation_pb2.GenerationFinished(
-            finish_reason=FINISH_REASONS[piece.finish],
-            usage=usage,
-            matched_stop=piece.matched_stop,
-        )
-    )
 
 
 def _asked(request: generation_pb2.GenerateRequest) -> str:

@@ -1,26 +1,31 @@
-"""ModelService: the base model, and what it makes of a conversation."""
+"""ModelService: the base model, and what it makes of texts, conversations and tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import grpc
 from loraplex.v1 import model_pb2, model_pb2_grpc
 from loraplex_model.base.info import public_name
-from loraplex_model.base.refusal import Refusal, Subject
+from loraplex_model.base.refusal import Problem, Refusal, Subject
 from loraplex_model.checkpoints.tokenizer import SpeltToken
 
 from loraplex_server.access.principals import caller
 from loraplex_server.access.rules import require_base
 from loraplex_server.engine.messages import ModelInfo
 from loraplex_server.registry.registry import Registry
-from loraplex_server.rpc.calls.errors import for_client, require
+from loraplex_server.rpc.calls.bounds import MAX_TOKEN_IDS
+from loraplex_server.rpc.calls.errors import for_client, invalid, require
 from loraplex_server.rpc.messages import validate
 from loraplex_server.rpc.services.admission import Admission
-from loraplex_server.rpc.services.prompts import Prompts
+from loraplex_server.rpc.services.prompts import Prompts, refused
 from loraplex_server.rpc.services.resolve import WeightedAdapter, records, room_beside
+from loraplex_server.text.tokenizer import INLINE_CHARACTERS
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -50,6 +55,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             vocab_size=self.bounds.vocab_size,
             eos_tokens=map(_named, tokenizer.eos_tokens),
             has_tokenizer=tokenizer.has_tokenizer,
+            hidden_size=self.model.base.config.hidden_size,
         )
         if (bos := tokenizer.bos_token) is not None:
             model.bos_token.CopyFrom(_named(bos))
@@ -58,6 +64,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             model.chat_template.source = self.template_source
             model.chat_template.takes_tools = template.takes_tools
             model.chat_template.variables.extend(template.variables)
+            model.chat_template.text = template.source
         return model_pb2.GetModelResponse(model=model)
 
     async def RenderChat(
@@ -71,6 +78,46 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             template = await self.registry.template(records(adapters))
             prompt = await self.prompts.render(request.messages, "messages", room, template)
         return model_pb2.RenderChatResponse(text=prompt.text, token_ids=prompt.token_ids)
+
+    async def Tokenize(
+        self, request: model_pb2.TokenizeRequest, context: _Context
+    ) -> model_pb2.TokenizeResponse:
+        """Returns the tokens of a text."""
+        with self.admission.enter(), refused("text"):
+            found = await self.prompts.tokenizer.tokens(
+                request.text, not request.no_special_tokens, request.with_pieces
+            )
+            if len(found.token_ids) > MAX_TOKEN_IDS:
+                text = f"has {len(found.token_ids)} tokens; at most {MAX_TOKEN_IDS} are returned"
+                raise invalid([Problem("text", text)])
+            return await self._off_the_loop(
+                len(found.token_ids),
+                model_pb2.TokenizeResponse,
+                token_ids=found.token_ids,
+                pieces=found.pieces,
+            )
+
+    async def Detokenize(
+        self, request: model_pb2.DetokenizeRequest, context: _Context
+    ) -> model_pb2.DetokenizeResponse:
+        """Returns the text of tokens."""
+        size = len(request.token_ids)
+        with self.admission.enter(), refused("token_ids"):
+            require(await self._off_the_loop(size, validate.detokenize, request, self.bounds))
+            found = await self.prompts.tokenizer.text_of(
+                request.token_ids, request.skip_special_tokens, request.with_pieces
+            )
+            return await self._off_the_loop(
+                size, model_pb2.DetokenizeResponse, text=found.text, pieces=found.pieces
+            )
+
+    async def _off_the_loop(
+        self, size: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Returns `work(*args, **kwargs)`, computed in a thread if it is about many tokens."""
+        if size <= INLINE_CHARACTERS:
+            return work(*args, **kwargs)
+        return await self.prompts.lane.run(work, *args, **kwargs)
 
     async def _resolve(self, adapter_id: str) -> Sequence[WeightedAdapter]:
         if not adapter_id:

@@ -74,12 +74,20 @@ class Prompts:
 
 
 @contextmanager
-def _naming(field: str, room: int) -> Iterator[None]:
-    """Turns the tokenizer's errors into Refusal that names the field."""
+def refused(field: str) -> Iterator[None]:
+    """Turns a text that the tokenizer refuses into Refusal that names the field."""
     try:
         yield
     except TextRefused as error:
         raise invalid([Problem(field, str(error))]) from error
+
+
+@contextmanager
+def _naming(field: str, room: int) -> Iterator[None]:
+    """Turns the tokenizer's errors into Refusal that names the field."""
+    try:
+        with refused(field):
+            yield
     except TooLong:
         raise _too_long(field, f"the prompt is longer than {room - 1} tokens") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 
@@ -44,9 +45,16 @@ class GenerationTimes:
         self._ended: float | None = None
         self._is_first = True
         self._cached = 0
-        self._finish = ""
+        self._whole = self
+        self._finishes: list[str] = []
         if self._trace is not None:
             self._trace.describe(request_attributes(request, base, streaming))
+
+    def another(self) -> GenerationTimes:
+        """Times of a further completion of the call. The spans are those of the first one."""
+        other = copy.copy(self)
+        other._trace = None
+        return other
 
     def submit(self, adapters: Sequence[Record]) -> None:
         """The request is given to the engine, with these adapters."""
@@ -86,12 +94,12 @@ class GenerationTimes:
         self._last = now
 
     def finish(self, reason: str) -> None:
-        """The last output has arrived: the request ends for this reason of its own."""
-        self._finish = reason
-        self._ended = time.monotonic()
+        """The last output of a completion has arrived: it ends for this reason of its own."""
+        self._whole._finishes.append(reason)
+        self._whole._ended = time.monotonic()
 
     def end(self, prompt_tokens: int, generated_tokens: int) -> None:
-        """The request has ended, however it did."""
+        """The call has ended, however it did; `generated_tokens` of all its completions."""
         if self._trace is None or self._submitted is None:
             return
         ended = self._ended or time.monotonic()
@@ -99,5 +107,5 @@ class GenerationTimes:
             self._trace.phase("queue", self._submitted, ended)
         else:
             self._trace.phase("decode", self._started, ended)
-        usage = usage_attributes(prompt_tokens, self._cached, generated_tokens, self._finish)
+        usage = usage_attributes(prompt_tokens, self._cached, generated_tokens, self._finishes)
         self._trace.describe(usage)
