@@ -44,6 +44,7 @@ from loraplex_server.engine.passes.one_ahead import OneAhead
 from loraplex_server.engine.passes.tally import PassTally
 from loraplex_server.engine.reporting import Reporter
 from loraplex_server.engine.runner.protocol import ModelRunner, sampler_of, works_ahead
+from loraplex_server.engine.statistics import BatchView
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +185,10 @@ class EngineCore:
         self._woken = True
         self.adapters.limit_host(nbytes)
 
+    def look(self, op: int) -> BatchView:
+        """The batch as it is now, as the answer to the question `op`."""
+        return self._reporter.view(op, self._requests.values(), self._steps)
+
     # the step
 
     def step(self) -> list[StepReport | Reply]:
@@ -319,7 +324,7 @@ class EngineCore:
 
     def _finish(self, request: Request, failure: Failure | None) -> None:
         """Ends a request whose last token was chosen, or whose logits are not finite."""
-        if failure is None:
+        if failure is None and request.pool is None:
             self._rates.note_answer(request.generated + 1, request.submit.max_new_tokens)
         self._end(request, failure)
 

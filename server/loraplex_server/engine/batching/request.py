@@ -9,10 +9,14 @@ A request holds three kinds of resources. Each kind has one owner that grants an
 
 from __future__ import annotations
 
+import math
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from loraplex_server.engine.messages import Logprobs, Submit
 
@@ -91,6 +95,46 @@ class MergeState:
 
 
 @dataclass(slots=True, eq=False)
+class Pool:
+    """The final states of a prompt's tokens as they become one vector.
+
+    They are added in the order of the tokens, each once, in float64. So the vector does not depend
+    on the chunks in which they are computed, nor on preemptions.
+
+    Attributes:
+        takes_all: whether the vector is the mean over all tokens, and not the last one's state.
+        has_unit_length: whether the vector is scaled to length 1; one of zeros stays as it is.
+        tokens: number of tokens whose states have been added; never falls.
+        total: float64 [hidden], the sum; None before the first.
+    """
+
+    takes_all: bool
+    has_unit_length: bool = False
+    tokens: int = 0
+    total: NDArray[np.float64] | None = None
+
+    def add(self, start: int, states: NDArray[np.float32]) -> None:
+        """Adds states [n, hidden] of the tokens from index `start` on, except those added before.
+
+        Without `takes_all` the last of them takes the place of all before.
+        """
+        if not self.takes_all:
+            self.tokens, self.total = start + len(states), states[-1].astype(np.float64)
+            return
+        assert start <= self.tokens, "the state of a token is missing"
+        for state in states[self.tokens - start :]:
+            self.total = state.astype(np.float64) if self.total is None else self.total + state
+            self.tokens += 1
+
+    def vector(self) -> NDArray[np.float32]:
+        """The vector, float32 [hidden]."""
+        assert self.total is not None, "no state was added"
+        whole = self.total / self.tokens if self.takes_all else self.total
+        length = math.sqrt(float((whole * whole).sum())) if self.has_unit_length else 0.0
+        return (whole / length if length else whole).astype(np.float32)
+
+
+@dataclass(slots=True, eq=False)
 class Request:
     """The state of one request.
 
@@ -128,6 +172,7 @@ class Request:
         short_positions: as in the base's `DecoderConfig`; 0 if all sequences are alike.
         account: whom its tokens are charged to; None before it is queued.
         begun: time of its last start on the engine's clock.
+        pool: what becomes its vector; None if tokens are generated.
         charged: number of its first tokens that were charged, or found in the KV cache.
     """
 
@@ -162,10 +207,13 @@ class Request:
     account: Account | None = None
     begun: float = 0.0
     charged: int = 0
+    pool: Pool | None = None
 
     def __post_init__(self) -> None:
         self.tokens = array("i", self.submit.token_ids)
         self.stops = frozenset(self.submit.stop_token_ids)
+        if self.submit.pooling:
+            self.pool = Pool(self.submit.pooling == "mean", self.submit.unit_length)
 
     @property
     def id(self) -> int:
@@ -214,6 +262,13 @@ class Request:
     def wants_prompt_logits(self) -> bool:
         """Whether prompt log-probabilities are still to be taken."""
         return self.submit.prompt_logprobs is not None and self.scored < self.prompt_len
+
+    @property
+    def wants_all(self) -> bool:
+        """Whether every token has to be computed for it, wherever its keys and values are."""
+        if self.pool is not None:
+            return self.pool.takes_all and self.pool.tokens < self.prompt_len
+        return self.wants_prompt_logits
 
     @property
     def most_tokens(self) -> int:
