@@ -40,7 +40,7 @@ class ApiError(Exception):
         status: int,
         message: str,
         *,
-        type: str = "",
+        type: str = "",  # noqa: A002 - the field's name in the body
         param: str | None = None,
         code: str | None = None,
         retry_after: float | None = None,

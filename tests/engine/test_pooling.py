@@ -1,4 +1,4 @@
-"""Requests for final states: one vector each, exact in whatever batches and chunks it is computed."""
+"""Requests for final states: one vector each, exact in any batch and in any chunks."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from loraplex_gateway.errors import ApiError
 T = TypeVar("T", bound=msgspec.Struct)
 
 HARMLESS = frozenset(
-    ["user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "session_id", "extra_headers"]
+    "user store metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention "
+    "session_id extra_headers".split()
 )
 """Fields of OpenAI's requests that change no answer, so they are ignored."""
 

@@ -1,4 +1,4 @@
-"""What an engine reports of itself: the figures of a step, and on request the batch as it is now."""
+"""What an engine reports of itself: the figures of a step, and on request the batch."""
 
 from __future__ import annotations
 

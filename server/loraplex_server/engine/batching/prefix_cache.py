@@ -51,7 +51,8 @@ class PrefixCache:
         """Kept blocks that hold the beginning of a queued request, in order.
 
         Nothing is found for a request that needs every token computed, for log-probabilities of its
-        prompt or for the mean of its states. What was found is remembered, so asking again costs little.
+        prompt or for the mean of its states. What was found is remembered, so asking again costs
+        little.
         """
         if not self._enabled:
             return request.found

@@ -21,7 +21,7 @@ class DecoderTicket(Protocol):
     """A pass that a decoder has launched."""
 
     def wait(self) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
-        """Waits for the pass; returns tokens [D], lines of logits [L, vocab], states [H, hidden]."""
+        """Waits for the pass; returns tokens [D], logits [L, vocab] and states [H, hidden]."""
 
 
 @runtime_checkable

@@ -41,6 +41,8 @@ from loraplex_server.rpc.messages.completion import (
 from loraplex_server.rpc.messages.slices import extend_in_slices
 from loraplex_server.rpc.services.admission import Admission, Ticket, admitted_deadline
 from loraplex_server.rpc.services.counted import counted
+from loraplex_server.rpc.services.embedding.embedder import Embedder
+from loraplex_server.rpc.services.live.in_flight import InFlight
 from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.resolve import (
     WeightedAdapter,
@@ -72,6 +74,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     stream_writes: int
     max_priority: int = MAX_PRIORITY
     ids: Iterator[int] = field(default_factory=itertools.count)
+    in_flight: InFlight = field(default_factory=InFlight)
+
+    async def Embed(
+        self, request: generation_pb2.EmbedRequest, context: _Context
+    ) -> generation_pb2.EmbedResponse:
+        """Returns the final states of texts."""
+        return await Embedder(self).embed(request, context.time_remaining())
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: _Context
@@ -142,15 +151,18 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     principal=principal,
                     allowance=allowance,
                 )
-                with self.metrics.generation(call.names):
-                    async with aclosing(self._run(call, ticket, times)) as events:
+                request_id = next(self.ids)
+                with (
+                    self.metrics.generation(call.names),
+                    self.in_flight.request(request_id, records(adapters)),
+                ):
+                    async with aclosing(self._run(call, request_id, ticket, times)) as events:
                         async for event in events:
                             yield event
 
     async def _run(
-        self, call: _Call, ticket: Ticket, times: GenerationTimes
+        self, call: _Call, request_id: int, ticket: Ticket, times: GenerationTimes
     ) -> AsyncGenerator[_Event, None]:
-        request_id = next(self.ids)
         completion = self._completion(call)
         code = grpc.StatusCode.CANCELLED
         try:
