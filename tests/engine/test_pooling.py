@@ -10,7 +10,7 @@ import pytest
 from engine.driving import AheadEngine, Engine, adapter
 from engine.oracle import OracleRunner, states
 from loraplex_model.base.refusal import Reason
-from loraplex_server.engine.batching.request import Pool
+from loraplex_server.engine.passes.pooling import Pool
 
 WIDTH = 16
 

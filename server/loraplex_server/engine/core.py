@@ -41,6 +41,7 @@ from loraplex_server.engine.passes.answers import NOT_FINITE, Answers, ReadPass
 from loraplex_server.engine.passes.choices import Choices
 from loraplex_server.engine.passes.lock_step import LockStep, Passes
 from loraplex_server.engine.passes.one_ahead import OneAhead
+from loraplex_server.engine.passes.pooling import pool_of
 from loraplex_server.engine.passes.tally import PassTally
 from loraplex_server.engine.reporting import Reporter
 from loraplex_server.engine.runner.protocol import ModelRunner, sampler_of, works_ahead
@@ -134,6 +135,7 @@ class EngineCore:
         now, draw = self._clock(), Draw(submit.sampling, submit.token_ids)
         order = (now - submit.priority * PRIORITY_SECONDS, self._arrivals)
         request = Request(submit, order, now, draw)
+        request.pool = pool_of(submit)
         request.short_positions = self._runner.info.base.config.short_positions
         self._requests[submit.id] = request
         if submit.deadline is not None:

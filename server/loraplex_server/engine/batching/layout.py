@@ -1,74 +1,14 @@
-"""The rows of a step, and how they are laid out as the flat arrays of a forward pass."""
+"""Lays the scheduler's rows out as the flat arrays of a forward pass."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from enum import Enum
-from typing import NamedTuple
 
 import numpy as np
 from loraplex_model.base.batch import ForwardBatch
 
-from loraplex_server.engine.batching.request import Request
-
-
-class Logits(Enum):
-    """What is computed of a row's tokens, beyond keys and values."""
-
-    NONE = "none"
-    LAST = "last"
-    """The logits of its last token."""
-    ALL = "all"
-    """The logits of all its tokens."""
-    STATE = "state"
-    """The final state of its last token."""
-    STATES = "states"
-    """The final states of all its tokens."""
-
-
-class BatchRow(NamedTuple):
-    """One request's part of a step: `count` of its own tokens from index `start` on.
-
-    A row never extends over the request's `active_from`.
-    """
-
-    request: Request
-    start: int
-    count: int  # type: ignore[assignment]  # takes the place of the method of tuples
-    logits: Logits
-
-    @property
-    def mix(self) -> tuple[tuple[int, float], ...]:
-        """`(slot, weight)` pairs of the adapters that compute it; () for the base alone."""
-        return self.request.mix if self.start >= self.request.active_from else ()
-
-    @property
-    def completes(self) -> bool:
-        """Whether all tokens are computed after this step, so that the next one is chosen."""
-        return self.start + self.count == len(self.request.tokens)
-
-    @property
-    def states(self) -> int:
-        """Number of its tokens whose final states are computed."""
-        if self.logits is Logits.STATES:
-            return self.count
-        return int(self.logits is Logits.STATE)
-
-    @staticmethod
-    def next(request: Request, count: int) -> BatchRow:
-        """The row of a running request with its next `count` tokens."""
-        start, is_last = request.computed, count == request.remaining
-        pool = request.pool
-        if pool is not None:
-            wanted = Logits.STATE if is_last else Logits.NONE
-            if pool.takes_all and start + count > pool.tokens:
-                wanted = Logits.STATES
-        elif request.wants_prompt_logits and start + count >= request.scored:
-            wanted = Logits.ALL if count > 1 or not is_last else Logits.LAST
-        else:
-            wanted = Logits.LAST if is_last else Logits.NONE
-        return BatchRow(request, start, count, wanted)
+from loraplex_server.engine.batching.request import BatchRow, Logits
 
 
 def lay_out(rows: Sequence[BatchRow]) -> ForwardBatch:

@@ -1,4 +1,4 @@
-"""One request inside the engine: its parameters, its progress and the resources it holds.
+"""One request inside the engine: its parameters, its progress, the resources it holds, its rows.
 
 A request holds three kinds of resources. Each kind has one owner that grants and takes back:
 
@@ -9,14 +9,10 @@ A request holds three kinds of resources. Each kind has one owner that grants an
 
 from __future__ import annotations
 
-import math
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from loraplex_server.engine.messages import Logprobs, Submit
 
@@ -94,44 +90,11 @@ class MergeState:
         self.changes += 1
 
 
-@dataclass(slots=True, eq=False)
-class Pool:
-    """The final states of a prompt's tokens as they become one vector.
-
-    They are added in the order of the tokens, each once, in float64. So the vector does not depend
-    on the chunks in which they are computed, nor on preemptions.
-
-    Attributes:
-        takes_all: whether the vector is the mean over all tokens, and not the last one's state.
-        has_unit_length: whether the vector is scaled to length 1; one of zeros stays as it is.
-        tokens: number of tokens whose states have been added; never falls.
-        total: float64 [hidden], the sum; None before the first.
-    """
+class PoolState(Protocol):
+    """How far the states of a prompt's tokens have become one vector; see `passes.pooling`."""
 
     takes_all: bool
-    has_unit_length: bool = False
-    tokens: int = 0
-    total: NDArray[np.float64] | None = None
-
-    def add(self, start: int, states: NDArray[np.float32]) -> None:
-        """Adds states [n, hidden] of the tokens from index `start` on, except those added before.
-
-        Without `takes_all` the last of them takes the place of all before.
-        """
-        if not self.takes_all:
-            self.tokens, self.total = start + len(states), states[-1].astype(np.float64)
-            return
-        assert start <= self.tokens, "the state of a token is missing"
-        for state in states[self.tokens - start :]:
-            self.total = state.astype(np.float64) if self.total is None else self.total + state
-            self.tokens += 1
-
-    def vector(self) -> NDArray[np.float32]:
-        """The vector, float32 [hidden]."""
-        assert self.total is not None, "no state was added"
-        whole = self.total / self.tokens if self.takes_all else self.total
-        length = math.sqrt(float((whole * whole).sum())) if self.has_unit_length else 0.0
-        return (whole / length if length else whole).astype(np.float32)
+    tokens: int
 
 
 @dataclass(slots=True, eq=False)
@@ -207,13 +170,11 @@ class Request:
     account: Account | None = None
     begun: float = 0.0
     charged: int = 0
-    pool: Pool | None = None
+    pool: PoolState | None = None
 
     def __post_init__(self) -> None:
         self.tokens = array("i", self.submit.token_ids)
         self.stops = frozenset(self.submit.stop_token_ids)
-        if self.submit.pooling:
-            self.pool = Pool(self.submit.pooling == "mean", self.submit.unit_length)
 
     @property
     def id(self) -> int:
@@ -304,3 +265,61 @@ class Request:
         else:
             self.tokens.append(token)
         self.draw.saw(token)
+
+
+class Logits(Enum):
+    """What is computed of a row's tokens, beyond keys and values."""
+
+    NONE = "none"
+    LAST = "last"
+    """The logits of its last token."""
+    ALL = "all"
+    """The logits of all its tokens."""
+    STATE = "state"
+    """The final state of its last token."""
+    STATES = "states"
+    """The final states of all its tokens."""
+
+
+class BatchRow(NamedTuple):
+    """One request's part of a step: `count` of its own tokens from index `start` on.
+
+    A row never extends over the request's `active_from`.
+    """
+
+    request: Request
+    start: int
+    count: int  # type: ignore[assignment]  # takes the place of the method of tuples
+    logits: Logits
+
+    @property
+    def mix(self) -> tuple[tuple[int, float], ...]:
+        """`(slot, weight)` pairs of the adapters that compute it; () for the base alone."""
+        return self.request.mix if self.start >= self.request.active_from else ()
+
+    @property
+    def completes(self) -> bool:
+        """Whether all tokens are computed after this step, so that the next one is chosen."""
+        return self.start + self.count == len(self.request.tokens)
+
+    @property
+    def states(self) -> int:
+        """Number of its tokens whose final states are computed."""
+        if self.logits is Logits.STATES:
+            return self.count
+        return int(self.logits is Logits.STATE)
+
+    @staticmethod
+    def next(request: Request, count: int) -> BatchRow:
+        """The row of a running request with its next `count` tokens."""
+        start, is_last = request.computed, count == request.remaining
+        pool = request.pool
+        if pool is not None:
+            wanted = Logits.STATE if is_last else Logits.NONE
+            if pool.takes_all and start + count > pool.tokens:
+                wanted = Logits.STATES
+        elif request.wants_prompt_logits and start + count >= request.scored:
+            wanted = Logits.ALL if count > 1 or not is_last else Logits.LAST
+        else:
+            wanted = Logits.LAST if is_last else Logits.NONE
+        return BatchRow(request, start, count, wanted)

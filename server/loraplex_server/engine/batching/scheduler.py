@@ -23,11 +23,11 @@ from operator import attrgetter
 
 from loraplex_server.engine.batching.fair_queue import Account, FairQueue
 from loraplex_server.engine.batching.kv import BlockPool
-from loraplex_server.engine.batching.layout import BatchRow as BatchRow
-from loraplex_server.engine.batching.layout import Logits as Logits
 from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.batching.prefix_cache import PrefixCache
 from loraplex_server.engine.batching.prefix_tree import KeptBlock, Root
+from loraplex_server.engine.batching.request import BatchRow as BatchRow
+from loraplex_server.engine.batching.request import Logits as Logits
 from loraplex_server.engine.batching.request import Request, RequestState
 from loraplex_server.engine.batching.shares import PROMPT_PARTS, Shares
 from loraplex_server.engine.batching.step_costs import StepCosts

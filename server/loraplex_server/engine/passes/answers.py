@@ -20,6 +20,7 @@ from loraplex_server.engine.batching.scheduler import BatchRow, Logits
 from loraplex_server.engine.batching.turns import Turns
 from loraplex_server.engine.messages import Failure, Logprobs, Output
 from loraplex_server.engine.passes.choices import Choices
+from loraplex_server.engine.passes.pooling import Pool
 
 NOT_FINITE = Failure(Reason.NON_FINITE_LOGITS, "the model's output for this request is not finite")
 
@@ -188,7 +189,7 @@ class Answers:
         Ends the request if it is complete, or if a state is not finite.
         """
         request, pool = row.request, row.request.pool
-        assert pool is not None, "a request that generates tokens has no vector"
+        assert isinstance(pool, Pool), "a request that generates tokens has no vector"
         if not np.isfinite(states).all():
             self._end(request, NOT_FINITE)
             return

@@ -11,8 +11,8 @@ from loraplex_server.rpc.calls.bounds import MAX_LISTED, MAX_REQUEST_ID, MAX_TEX
 from loraplex_server.rpc.calls.ids import is_request_id
 from loraplex_server.rpc.messages.validate import ModelBounds, RequestChecks
 
-MAX_VALUES: Final = 15 << 20
-"""Numbers in the vectors of one reply: 60 MiB, which our clients receive."""
+MAX_VALUES: Final = 8 << 20
+"""Numbers in the vectors of one reply: 32 MiB."""
 
 
 def embed(request: generation_pb2.EmbedRequest, bounds: ModelBounds, width: int) -> list[Problem]:

@@ -161,9 +161,8 @@ def plan_pass(
     chunks = plan_chunks(batch, table)
     has_virtual = bool(batch.tokens.max() >= vocab)
     head_segments = plan_head(batch, table).segments if chunks.segments else ()
-    state_segments: tuple[RowSegment, ...] = ()
-    if chunks.segments and len(batch.state_rows):
-        state_segments = plan_head(batch, table, batch.state_rows).segments
+    has_states = bool(chunks.segments) and len(batch.state_rows) > 0
+    states = plan_head(batch, table, batch.state_rows).segments if has_states else ()
     segments = (*chunks.segments, *head_segments)
     needs_torch = has_virtual or any(segment.needs_torch for segment in segments)
     for fields in (tiles.short, tiles.tall):
@@ -194,7 +193,7 @@ def plan_pass(
         "copies": batch.copies.T.astype(np.int64),
         "ragged": np.concatenate([tables, lists]),
     }
-    own = (chunks.segments, head_segments, state_segments) if needs_torch else ((), (), ())
+    own = (chunks.segments, head_segments, states) if needs_torch else ((), (), ())
     return PassPlan(shape, arrays, chunks, *own, has_virtual)
 
 
