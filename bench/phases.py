@@ -69,6 +69,7 @@ NAMES = {
     r"\bgate\(|\bactivate": "activation",
     r"\bend_block\(": "norms, residuals",
     r"\blogit_rows\b": "rows of the head",
+    r"\bstate_rows\b": "states",
     r"\bhead_rows\(|\bfinish_logits\(": "head",
     r"\bgain": "other sites of adapters",
 }

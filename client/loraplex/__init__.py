@@ -78,6 +78,8 @@ from loraplex.training import (
     TrainingJob,
     TrainingOptions,
 )
+from loraplex.views.embedding import Embedding, Embeddings
+from loraplex.views.engine import AdapterRows, AsyncEngineWatch, EngineState, EngineWatch
 
 __all__ = [
     "AccessOptions",
@@ -87,12 +89,14 @@ __all__ = [
     "AdapterInfo",
     "AdapterNotFound",
     "AdapterRejected",
+    "AdapterRows",
     "AdapterSpec",
     "AdapterState",
     "AdapterTable",
     "AdapterTier",
     "AdapterUnloaded",
     "AsyncClient",
+    "AsyncEngineWatch",
     "AsyncJobWatch",
     "AsyncStream",
     "AsyncTraining",
@@ -104,6 +108,10 @@ __all__ = [
     "ConversationOptions",
     "DeadlineExceeded",
     "Delta",
+    "Embedding",
+    "Embeddings",
+    "EngineState",
+    "EngineWatch",
     "Evaluation",
     "FailedPrecondition",
     "FieldViolation",

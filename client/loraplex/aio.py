@@ -15,6 +15,8 @@ from loraplex.connection import AsyncConnection
 from loraplex.jobs import JobCalls
 from loraplex.requests import GenerateOptions
 from loraplex.v1 import adapter_pb2, generation_pb2, training_pb2
+from loraplex.views import embedding
+from loraplex.views.engine import AsyncEngineWatch, watch_request
 
 
 class AsyncClient(Calls):
@@ -33,9 +35,7 @@ class AsyncClient(Calls):
         metadata: Sequence[tuple[str, str | bytes]] = (),
         **access: Unpack[AccessOptions],
     ) -> None:
-        self._use(
-            AsyncConnection(target, timeout, wait_for_ready, credentials, metadata, access)
-        )
+        self._use(AsyncConnection(target, timeout, wait_for_ready, credentials, metadata, access))
 
     def _use(self, connection: AsyncConnection) -> None:
         super().__init__(connection)
@@ -73,6 +73,16 @@ class AsyncClient(Calls):
         request = adapter_pb2.WatchAdaptersRequest()
         arguments = self._connection.defaults.unbounded(timeout)
         return AsyncWatch(self._connection.stubs.adapters.WatchAdapters(request, **arguments))
+
+    embed = embedding.embed
+
+    def watch_engine(
+        self, interval: float | None = None, *, timeout: float | None = None
+    ) -> AsyncEngineWatch:
+        """Like `Client.watch_engine`; not awaited itself."""
+        arguments = self._connection.defaults.unbounded(timeout)
+        method = self._connection.stubs.engine.WatchEngine
+        return AsyncEngineWatch(method(watch_request(interval), **arguments))
 
     async def close(self) -> None:
         """Closes the connection; running calls are cancelled."""

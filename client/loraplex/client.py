@@ -16,6 +16,8 @@ from loraplex.jobs import JobCalls
 from loraplex.requests import GenerateOptions
 from loraplex.streams import JobWatch, Stream, Watch
 from loraplex.v1 import adapter_pb2, generation_pb2, training_pb2
+from loraplex.views import embedding
+from loraplex.views.engine import EngineWatch, watch_request
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -71,6 +73,7 @@ class Client:
         self.training = Training(self._connection)
 
     generate = blocking(Calls.generate)
+    embed = blocking(embedding.embed)
     get_model = blocking(Calls.get_model)
     render_chat = blocking(Calls.render_chat)
     register_adapter = blocking(Calls.register_adapter)
@@ -119,6 +122,19 @@ class Client:
         request = adapter_pb2.WatchAdaptersRequest()
         arguments = self._connection.defaults.unbounded(timeout)
         return Watch(self._connection.stubs.adapters.WatchAdapters(request, **arguments))
+
+    def watch_engine(
+        self, interval: float | None = None, *, timeout: float | None = None
+    ) -> EngineWatch:
+        """Watches the batch of the engine. `timeout` None means no deadline.
+
+        Iterating yields an EngineState every `interval` seconds, 0.1 to 60 (None: 0.25). A slow
+        reader gets only the newest state. The watch goes on while the engine is restarted, and ends
+        when it is cancelled. A server that shuts down or is lost raises Unavailable.
+        """
+        arguments = self._connection.defaults.unbounded(timeout)
+        method = self._connection.stubs.engine.WatchEngine
+        return EngineWatch(method(watch_request(interval), **arguments))
 
     def close(self) -> None:
         """Closes the connection; running calls are cancelled."""

@@ -48,6 +48,7 @@ from loraplex_server.rpc.server import Address, RpcServer
 from loraplex_server.rpc.services.adapters import AdapterService
 from loraplex_server.rpc.services.admission import Admission
 from loraplex_server.rpc.services.generation import GenerationService
+from loraplex_server.rpc.services.live.engine import EngineService
 from loraplex_server.rpc.services.model import ModelService
 from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.training import TrainingService
@@ -206,6 +207,7 @@ class Server:
             AdapterService(registry, self._gate),
             TrainingService(self._training, self._gate),
             ModelService(model, registry, prompts, admission, bounds, template_source),
+            EngineService(self.engine, registry.feed, generation.in_flight, self._gate),
         )
         self._accepting = WatchedTask(self._rpc.stopped(), "acceptance of calls")
         # Stopped before engine and store are closed, because running calls use them.

@@ -76,14 +76,15 @@ class AheadTicket:
         for slot, contents in self.uses.items():
             assert self._device.contents(slot) == contents, "a launch reads other weights"
         batch = dataclasses.replace(self._batch, tokens=self._resolved())
-        logits = self._device.inner.forward(batch)
+        states = np.empty((len(batch.state_rows), self._device.inner.width), np.float32)
+        logits = self._device.inner.forward(*((batch, states) if len(states) else (batch,)))
         draw_lines, host_lines = self._lines
         finite = finite_rows(logits)
         for draw, (order, line) in enumerate(zip(self._draws, draw_lines, strict=True)):
             pending = None if order.pending < 0 else int(self._before[order.pending])
             if finite[line] and pending != UNKNOWN:
                 self.tokens[draw] = choose(order, logits[line], pending)
-        return StepResult(self.tokens.copy(), logits[host_lines])
+        return StepResult(self.tokens.copy(), logits[host_lines], states)
 
     def _resolved(self) -> np.ndarray:
         tokens = self._batch.tokens.copy()

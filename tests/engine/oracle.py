@@ -74,6 +74,37 @@ def next_token(entries: np.ndarray, vocab_size: int, forbidden: frozenset[int]) 
     return token
 
 
+def state_after(entries: np.ndarray, width: int) -> np.ndarray:
+    """The final state of the last token of a sequence with these KV entries; float32 [width]."""
+    odd = np.arange(1, 2 * len(entries), 2, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        seed = int((entries * odd).sum(dtype=np.uint64))
+    numbers = [mix64((seed + 0x9E3779B97F4A7C15 * (j + 1)) & MASK) >> 40 for j in range(width)]
+    return (np.array(numbers) / (1 << 23) - 1).astype(np.float32)
+
+
+def states(
+    prompt: list[int],
+    mix: list[tuple[str, float]],
+    width: int = 16,
+    vocab_size: int = 512,
+    virtual: int = 0,
+    active: int | None = 0,
+) -> np.ndarray:
+    """The final states of a prompt's tokens, float32 [n, width]; arguments as of `continuation`."""
+    tokens = [vocab_size + j for j in range(virtual)] + prompt
+    base, weights = weights_hash([]), weights_hash(mix)
+    entries = np.array(
+        [
+            entry(token, position, weights if active is not None and position >= active else base)
+            for position, token in enumerate(tokens)
+        ],
+        np.uint64,
+    )
+    ends = range(virtual + 1, len(tokens) + 1)
+    return np.array([state_after(entries[:end], width) for end in ends])
+
+
 def continuation(
     prompt: list[int],
     mix: list[tuple[str, float]],
@@ -335,7 +366,8 @@ class OracleRunner:
 
     # the forward pass
 
-    def forward(self, batch: ForwardBatch) -> np.ndarray:
+    def forward(self, batch: ForwardBatch, states: np.ndarray | None = None) -> np.ndarray:
+        assert (states is not None) == (len(batch.state_rows) > 0)
         if self.step_seconds:
             time.sleep(self.step_seconds)
         if self.out_of_memory:
@@ -353,6 +385,7 @@ class OracleRunner:
             raise RuntimeError("a secret of the device")
         logits = np.zeros((len(batch.logit_rows), self.vocab_size), np.float32)
         rows = {int(token): row for row, token in enumerate(batch.logit_rows)}
+        wanted = {int(token): row for row, token in enumerate(batch.state_rows)}
         for source, target in batch.copies:
             assert source >= self.num_blocks > target, (
                 "only a shared block is copied, to an own one"
@@ -380,14 +413,22 @@ class OracleRunner:
                 written.add(at)
                 self.kv[at] = entry(int(batch.tokens[t]), position, weights)
                 self.kv_tokens[at] = batch.tokens[t]
-                if t in rows:
+                if t in rows or t in wanted:
                     blocks = table[: position // self.block_size + 1]
                     seen = self.kv_tokens[blocks].reshape(-1)[: position + 1]
                     entries = self.kv[blocks].reshape(-1)[: position + 1]
+                    is_sound = self.nonfinite_token not in seen and not any(
+                        a.nonfinite for a, _ in adapters if a
+                    )
+                if states is not None and t in wanted:
+                    states[wanted[t]] = state_after(entries, self.width)
+                    if not is_sound:
+                        states[wanted[t], 3] = np.inf
+                if t in rows:
                     token = self._say(seen, entries)
                     logits[rows[t], token] = 20.0
                     logits[rows[t], (token + 1) % self.vocab_size] = 18.0
-                    if self.nonfinite_token in seen or any(a.nonfinite for a, _ in adapters if a):
+                    if not is_sound:
                         logits[rows[t], 3] = np.nan
         return logits
 

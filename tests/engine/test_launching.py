@@ -61,11 +61,11 @@ class NotingDecoder:
         self.lines = lines
         return self
 
-    def wait(self) -> tuple[np.ndarray, np.ndarray]:
+    def wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         assert not self.is_mapped
         if self.fails_later:
             raise RuntimeError("an illegal memory access was encountered")
-        return self.tokens, np.zeros((len(self.lines), 4), np.float32)
+        return self.tokens, np.zeros((len(self.lines), 4), np.float32), np.zeros((0, 2), np.float32)
 
 
 def launcher(decoder: NotingDecoder, probe=lambda _: None) -> Launcher:
@@ -81,6 +81,7 @@ def test_a_launch_hands_over_rows_and_lines() -> None:
     result = ticket.wait()
     assert result.tokens.tolist() == [1, 0]
     assert result.lines.shape == (1, 4)
+    assert result.states.shape == (0, 2)
 
 
 def test_errors_of_a_launch_and_of_its_ticket_are_those_of_the_seam() -> None:

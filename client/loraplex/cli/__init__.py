@@ -10,6 +10,7 @@ import typer
 from loraplex import channel
 from loraplex.cli import adapters, chat, generate, health, model, terminal, train
 from loraplex.cli.command import add_root_options, command
+from loraplex.cli.views import embed, top
 
 app = typer.Typer(
     name="loraplex",
@@ -25,6 +26,8 @@ add_root_options(app)
 
 command(app, "generate")(generate.generate)
 command(app, "chat", json=False)(chat.chat)
+command(app, "embed")(embed.embed)
+command(app, "top", timeout=None)(top.top)
 command(app, "model")(model.model)
 command(app, "render")(model.render)
 app.add_typer(adapters.app)

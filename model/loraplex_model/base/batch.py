@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +29,7 @@ class ForwardBatch:
         mix_slots: int32 [X], adapter slots.
         mix_weights: float32 [X], factors on the slots' deltas.
         logit_rows: int32 [R], the tokens (indices into `tokens`) whose logits are wanted.
+        state_rows: int32 [H], the tokens whose final, normed states are wanted.
         copies: int32 [C, 2], KV blocks (from, to) that are copied before the pass.
         is_long: bool [S], sequences that will be longer than `DecoderConfig.short_positions`; empty
             if none is.
@@ -46,12 +48,14 @@ class ForwardBatch:
     logit_rows: NDArray[np.int32]
     copies: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, 2), np.int32))
     is_long: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
+    state_rows: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
 
     @staticmethod
     def build(
         sequences: list[tuple[list[int], int, list[int], Mix]],
         logit_rows: list[int] | None = None,
         is_long: list[bool] | None = None,
+        state_rows: Sequence[int] = (),
     ) -> ForwardBatch:
         """Lays out `(new token ids, position of the first, KV blocks, mix)` of each sequence.
 
@@ -87,4 +91,5 @@ class ForwardBatch:
             np.asarray(weights, np.float32),
             np.asarray(logit_rows, np.int32),
             is_long=np.asarray(is_long if is_long and any(is_long) else [], np.bool_),
+            state_rows=np.asarray(state_rows, np.int32),
         )

@@ -200,11 +200,13 @@ class CBatch(Structure):
         ("mix_slots", c_void_p),
         ("mix_weights", c_void_p),
         ("logit_rows", c_void_p),
+        ("state_rows", c_void_p),
         ("is_long", c_void_p),
         ("num_tokens", c_int32),
         ("num_sequences", c_int32),
         ("table_width", c_int32),
         ("num_logits", c_int32),
+        ("num_states", c_int32),
         ("num_mixes", c_int32),
         ("num_long", c_int32),
     )
@@ -240,6 +242,7 @@ def c_batch(batch: ForwardBatch) -> CBatch:
         num_sequences=len(batch.context_lens),
         table_width=batch.block_tables.shape[1],
         num_logits=len(batch.logit_rows),
+        num_states=len(batch.state_rows),
         num_mixes=len(batch.mix_slots),
         num_long=len(batch.is_long),
     )

@@ -114,10 +114,17 @@ class NativeDecoder:
         if hasattr(self, "_workspace"):
             self._library.loraplex_free_workspace(self._workspace)
 
-    def forward(self, batch: ForwardBatch, logits: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        batch: ForwardBatch,
+        logits: torch.Tensor | None = None,
+        *,
+        states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Computes a pass and fills the cache; returns logits, float32 [R, vocab].
 
-        They are written to `logits` if it is given. Raises `MemoryError` and `PassOutOfBounds`.
+        They are written to `logits` if it is given, and the states of `batch.state_rows` to
+        `states`, float32 [H, hidden]. Raises `MemoryError` and `PassOutOfBounds`.
         """
         copy_blocks(batch, self.keys, self.values)
         shape = (len(batch.logit_rows), self.weights.config.vocab_size)
@@ -125,11 +132,18 @@ class NativeDecoder:
             logits = torch.empty(shape)
         assert (logits.shape, logits.dtype) == (shape, torch.float32)
         assert logits.is_contiguous()
+        wanted = (len(batch.state_rows), self.weights.config.hidden_size)
+        if states is None:
+            assert not len(batch.state_rows), "states are wanted, and there is no place for them"
+        else:
+            assert (states.shape, states.dtype) == (wanted, torch.float32)
+            assert states.is_contiguous()
         fault = self._library.loraplex_forward(
             byref(self._model),
             byref(layout.c_batch(batch)),
             self._workspace,
             c_void_p(logits.data_ptr()),
+            c_void_p(None if states is None else states.data_ptr()),
         )
         if fault == Fault.NO_MEMORY:
             raise MemoryError(f"no memory for a pass of {len(batch.tokens)} tokens")

@@ -43,8 +43,11 @@ class Decoder(Protocol):
     block_size: int
     kernels: str
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Computes a pass; returns logits, float32 [R, vocab], on the CPU."""
+    def forward(self, batch: ForwardBatch, *, states: torch.Tensor | None = None) -> torch.Tensor:
+        """Computes a pass; returns logits, float32 [R, vocab], on the CPU.
+
+        Writes the final states of `batch.state_rows` to `states`, float32 [H, hidden], on the CPU.
+        """
 
     def merge(self, adapter: PackedAdapter, dtype: torch.dtype) -> Merged:
         """Dense copies, in `dtype`, of the matrices that an adapter changes."""

@@ -55,8 +55,11 @@ class ReferenceDecoder:
             self._linear = DenseLinear() if keep_dense else DequantisedLinear()
 
     @torch.no_grad()
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Computes a pass and fills the cache; returns logits, float32 [R, vocab], on the CPU."""
+    def forward(self, batch: ForwardBatch, *, states: torch.Tensor | None = None) -> torch.Tensor:
+        """Computes a pass and fills the cache; returns logits, float32 [R, vocab], on the CPU.
+
+        Writes the states of `batch.state_rows` to `states`, float32 [H, hidden], on the CPU.
+        """
         device, config = self.weights.embed.device, self.weights.config
         copy_blocks(batch, self.keys, self.values)
         counts = np.diff(batch.query_starts)
@@ -70,6 +73,8 @@ class ReferenceDecoder:
             PagedAttention(config, self.keys, self.values, batch),
             is_long=_long_tokens(batch, counts, device),
         )
+        if states is not None:
+            states.copy_(hidden[torch.from_numpy(batch.state_rows).to(device).long()])
         wanted = torch.from_numpy(batch.logit_rows).to(device).long()
         groups = groups_of(batch, self.table, sequences[batch.logit_rows].tolist(), device)
         return logits(self.weights, hidden[wanted], groups).cpu()

@@ -41,9 +41,11 @@ from loraplex_server.engine.passes.answers import NOT_FINITE, Answers, ReadPass
 from loraplex_server.engine.passes.choices import Choices
 from loraplex_server.engine.passes.lock_step import LockStep, Passes
 from loraplex_server.engine.passes.one_ahead import OneAhead
+from loraplex_server.engine.passes.pooling import pool_of
 from loraplex_server.engine.passes.tally import PassTally
 from loraplex_server.engine.reporting import Reporter
 from loraplex_server.engine.runner.protocol import ModelRunner, sampler_of, works_ahead
+from loraplex_server.engine.statistics import BatchView
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +137,7 @@ class EngineCore:
         now = self._clock()
         order = (now - submit.priority * PRIORITY_SECONDS, self._arrivals)
         request = Request(submit, order, now, draw)
+        request.pool = pool_of(submit)
         request.short_positions = self._runner.info.base.config.short_positions
         self._requests[submit.id] = request
         if submit.deadline is not None:
@@ -185,6 +188,10 @@ class EngineCore:
         """Limits the adapters in host memory, in bytes; None lifts the limit."""
         self._woken = True
         self.adapters.limit_host(nbytes)
+
+    def look(self, op: int) -> BatchView:
+        """The batch as it is now, as the answer to the question `op`."""
+        return self._reporter.view(op, self._requests.values(), self._steps)
 
     # the step
 
@@ -321,7 +328,7 @@ class EngineCore:
 
     def _finish(self, request: Request, failure: Failure | None) -> None:
         """Ends a request whose last token was chosen, or whose logits are not finite."""
-        if failure is None and request.generates:
+        if failure is None and request.generates and request.pool is None:
             self._rates.note_answer(request.generated + 1, request.submit.max_new_tokens)
         self._end(request, failure)
 

@@ -11,6 +11,9 @@ import msgspec
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason
 
+from loraplex_server.engine.statistics import BatchView, Look
+from loraplex_server.engine.statistics import StepStats as StepStats
+
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """Sampling parameters, validated by the front; see `SamplingParams` of the proto."""
@@ -66,6 +69,9 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     `prompt_logprobs` are numbers of alternatives to report; None reports no log-probabilities.
     `account`, as a part of that of `principal` if there is one, with its `weight`, pays for tokens;
     `priority` orders its requests. Only requests with the same `cache_salt` share keys and values.
+    With `pooling`, "last" or "mean", no token is generated: the last output has the final state of
+    the prompt's last token, or the mean of all, scaled to length 1 if `unit_length` is set.
+    `max_new_tokens` is 1 then.
     """
 
     id: int
@@ -84,6 +90,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     principal: str = ""
     weight: float = 1.0
     request_id: str = ""
+    pooling: str = ""
+    unit_length: bool = False
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -170,7 +178,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 Control = Load | Unload | SetPinned | Merge | Unmerge | Withdraw
 """Orders about adapters, and their withdrawal."""
 
-ToEngine = Submit | Abort | Control | LimitHost | Shutdown
+ToEngine = Submit | Abort | Control | LimitHost | Look | Shutdown
 
 # engine -> front
 
@@ -231,7 +239,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     `base_tokens` is then the number of prompt tokens that the base alone computed, of a request
     with an activated LoRA, and `cached_tokens` the number of those whose keys and values were found
     in the KV cache, of any request. `queue_seconds` lasts until its first step, `load_seconds`
-    until its adapters are on the device; 0 if they are there when it arrives.
+    until its adapters are on the device; 0 if they are there when it arrives. `state` has float32
+    numbers in the machine's byte order, in the last output of a request with `pooling`.
     """
 
     id: int
@@ -246,6 +255,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     finish: str | None = None
     error: Failure | None = None
     stop_token: int | None = None
+    state: bytes = b""
 
 
 class PromptScores(msgspec.Struct, frozen=True, tag="scores"):
@@ -283,58 +293,6 @@ class AdapterStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     """Duration of its last load, from its files or from host memory."""
     devices: list[str] = []
     """Devices that hold it, if there are several engines; set by the front."""
-
-
-class StepStats(msgspec.Struct, frozen=True):
-    """State of the engine after one step. Gauges, or numbers since its start if so stated."""
-
-    step: int
-    step_seconds: float
-    decode_rows: int
-    prefill_tokens: int
-    distinct_adapters: int
-    base_rows: int
-    running: int
-    waiting: int
-    free_blocks: int
-    used_blocks: int
-    preemptions: int  # since the start
-    adapter_bytes: int
-    evictions: int  # since the start
-    host_bytes: int = 0
-    merged_bytes: int = 0
-    prefix_blocks: int = 0
-    """Blocks in use, of those set aside for virtual tokens."""
-    merged_rows: int = 0
-    """Number of rows of this step that used dense copies."""
-    host_evictions: int = 0
-    """Adapters evicted from host memory, since the start."""
-    prefetches: int = 0
-    """Adapters read into host memory before they were needed, since the start."""
-    prefetch_hits: int = 0
-    """Number of these adapters that were then used."""
-    waiting_turns: int = 0
-    """Requests that wait for their turn, because choosing their next token is costly."""
-    memory_bytes: int = 0
-    """Anonymous memory of the engine process, at most some seconds old; 0 if unknown."""
-    accounted_bytes: int = 0
-    """Memory of the process before the first adapter, and that of all adapters by budget."""
-    wasted_rows: int = 0
-    """Rows computed for requests that had ended meanwhile, since the start."""
-    out_of_memory: int = 0
-    """Passes for which device memory did not suffice, since the start."""
-    waiting_accounts: int = 0
-    """Accounts with a request that waits for its start."""
-    set_back: int = 0
-    """Requests that had to give up their adapter's place, since the start."""
-    kept_blocks: int = 0
-    """Blocks that the prefix cache has kept, in use or free."""
-    prefix_lookups: int = 0
-    """Admissions of requests that may use blocks of the prefix cache, since the start."""
-    prefix_hits: int = 0
-    """Number of these that used some."""
-    prefix_evictions: int = 0
-    """Blocks of the prefix cache that were reserved for other content, since the start."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="step"):
@@ -396,4 +354,4 @@ class Beat(msgspec.Struct, frozen=True, tag="beat"):
 Reply = ControlDone | LoadDone | MergeDone
 """Answers to orders, and notices of ended loads and merges."""
 
-FromEngine = Hello | Fatal | StepReport | PromptScores | Reply | Attempt | Beat
+FromEngine = Hello | Fatal | StepReport | PromptScores | Reply | BatchView | Attempt | Beat

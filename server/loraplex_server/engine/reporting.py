@@ -10,6 +10,7 @@ from loraplex_server.engine.batching.scheduler import BatchRow, Scheduler
 from loraplex_server.engine.memory import MemoryGauge
 from loraplex_server.engine.messages import Output, StepReport, StepStats
 from loraplex_server.engine.passes.tally import PassTally
+from loraplex_server.engine.statistics import BatchView
 
 TABLE_SECONDS = 0.25
 """Shortest time between two tables that differ in references alone, while requests run.
@@ -38,6 +39,7 @@ class Reporter:
         self._uses = 0
         self._table_at = clock()
         self._held = (0, 0)
+        self._prompt_tokens = self._generated = 0
 
     def report(
         self,
@@ -58,8 +60,29 @@ class Reporter:
         if not (rows or outputs or changed or held != self._held):
             return None
         self._held = held
+        self._generated += sum(len(output.token_ids) for output in outputs)
         table = self._adapters.statuses() if changed else None
         return StepReport(outputs, self._stats(rows, requests, step, begun), table)
+
+    def view(self, op: int, requests: Collection[Request], steps: int) -> BatchView:
+        """The batch as it is now. Costs time per request, and nothing unless it is asked for."""
+        running = [each for each in requests if each.state is RequestState.RUNNING]
+        pool, slots = self._scheduler.pool, self._adapters.slots
+        return BatchView(
+            op=op,
+            prefill=[each.id for each in running if each.remaining > 1],
+            decode=[each.id for each in running if each.remaining <= 1],
+            waiting=[each.id for each in requests if each.state is not RequestState.RUNNING],
+            steps=steps,
+            generated_tokens=self._generated,
+            prompt_tokens=self._prompt_tokens,
+            blocks=pool.num_blocks,
+            used_blocks=pool.used,
+            cached_blocks=pool.cached,
+            adapter_bytes=slots.nbytes,
+            adapter_bytes_limit=slots.budget,
+            max_rows=self._scheduler.limits.max_running,
+        )
 
     def _table_is_due(self) -> bool:
         """Whether this step's message carries the table. If so, it is noted as sent."""
@@ -77,6 +100,8 @@ class Reporter:
     ) -> StepStats:
         counts = [row.count for row in rows]
         decodes = counts.count(1)
+        prefill = sum(counts) - decodes
+        self._prompt_tokens += prefill
         mixes = [row.mix for row in rows]
         adapters, fetching = self._adapters, self._adapters.residency.fetching
         prefixes = self._scheduler.prefixes
@@ -87,7 +112,7 @@ class Reporter:
             step=step,
             step_seconds=self._clock() - begun,
             decode_rows=decodes,
-            prefill_tokens=sum(counts) - decodes,
+            prefill_tokens=prefill,
             distinct_adapters=len({slot for mix in {*mixes} for slot, _ in mix}),
             base_rows=mixes.count(()),
             running=len(self._scheduler.running),

@@ -32,6 +32,9 @@ POLL_SECONDS: Final = 1.0
 BACKLOG: Final = 1024
 """Most changes that may wait for one watcher; beyond it the watcher gets the whole table again."""
 
+ON_DEVICE: Final = frozenset({"resident", "draining"})
+"""States of an adapter that is on the device."""
+
 log = logging.getLogger(__name__)
 
 
@@ -153,6 +156,19 @@ class AdapterFeed:
                 self._follower = None
                 self._catalogue = None
                 self._by_digest = {}
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Keeps the feed up to date within the context, for `residents`."""
+        with self.watch(View()):
+            yield
+
+    async def residents(self, view: View) -> int:
+        """Number of adapters on the device, of those that a view shows. Needs `followed`."""
+        if self._catalogue is None:
+            await self._refresh()
+        there = [each.digest for each in self._statuses.values() if each.state in ON_DEVICE]
+        return sum(bool(self._rows(digest, view)) for digest in there)
 
     async def table(self, watcher: Watcher) -> FeedTable:
         """All adapters now; the watcher gets every change after that."""

@@ -13,6 +13,8 @@ from grpc_reflection.v1alpha import reflection_pb2_grpc
 from loraplex.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
+    engine_pb2,
+    engine_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
     model_pb2,
@@ -28,6 +30,7 @@ from loraplex_server.rpc.calls.interceptor import Interceptor
 from loraplex_server.rpc.services.adapters import AdapterService
 from loraplex_server.rpc.services.generation import GenerationService
 from loraplex_server.rpc.services.health import HealthService
+from loraplex_server.rpc.services.live.engine import EngineService
 from loraplex_server.rpc.services.model import ModelService
 from loraplex_server.rpc.services.reflection import ReflectionService
 from loraplex_server.rpc.services.training import TrainingService
@@ -41,6 +44,7 @@ SERVICES: Final = (
     adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
     training_pb2.DESCRIPTOR.services_by_name["TrainingService"].full_name,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name,
 )
 
 OPTIONS: Final[Sequence[tuple[str, Any]]] = (
@@ -120,6 +124,7 @@ class RpcServer:
         adapters: AdapterService,
         training: TrainingService,
         model: ModelService,
+        engine: EngineService,
     ) -> None:
         """Starts to accept calls."""
         for server in self._servers:
@@ -127,6 +132,7 @@ class RpcServer:
             adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
             training_pb2_grpc.add_TrainingServiceServicer_to_server(training, server)
             model_pb2_grpc.add_ModelServiceServicer_to_server(model, server)
+            engine_pb2_grpc.add_EngineServiceServicer_to_server(engine, server)
         for server in self._servers:
             await server.start()
 

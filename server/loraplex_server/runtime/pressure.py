@@ -61,7 +61,9 @@ _GROWTH: Final = frozenset(
 )
 """Methods that take memory beyond what is set aside for requests."""
 
-_WORK: Final = frozenset({"Generate", "GenerateStream", "LoadAdapter", "PinAdapter", "RenderChat"})
+_WORK: Final = frozenset(
+    {"Generate", "GenerateStream", "Embed", "LoadAdapter", "PinAdapter", "RenderChat"}
+)
 
 
 class HostMemory(Protocol):

@@ -89,8 +89,9 @@ struct Batch {
   const int32_t* mix_slots;
   const float* mix_weights;
   const int32_t* logit_rows;
+  const int32_t* state_rows;
   const uint8_t* is_long;  // [num_long]
-  int32_t num_tokens, num_sequences, table_width, num_logits;
+  int32_t num_tokens, num_sequences, table_width, num_logits, num_states;
   int32_t num_mixes;
   int32_t num_long;  // 0 or num_sequences
 };

@@ -40,11 +40,13 @@ inline Fault check_sequence(const Model& m, const Batch& b, int s) {
 
 inline Fault check(const Model& m, const Batch& b) {
   if (b.num_long != 0 && b.num_long != b.num_sequences) return BAD_ROWS;
-  if (b.num_tokens < 1 || b.num_sequences < 1 || b.num_logits < 0) return BAD_ROWS;
+  if (b.num_tokens < 1 || b.num_sequences < 1 || b.num_logits < 0 || b.num_states < 0) return BAD_ROWS;
   if (!in_order(b.query_starts, b.num_sequences, b.num_tokens)) return BAD_ROWS;
   if (!in_order(b.mix_starts, b.num_sequences, b.num_mixes)) return BAD_SLOT;
   for (int i = 0; i < b.num_logits; i++)
     if (!within(b.logit_rows[i], b.num_tokens)) return BAD_ROWS;
+  for (int i = 0; i < b.num_states; i++)
+    if (!within(b.state_rows[i], b.num_tokens)) return BAD_ROWS;
   for (int s = 0; s < b.num_sequences; s++)
     if (Fault fault = check_sequence(m, b, s)) return fault;
   return NO_FAULT;

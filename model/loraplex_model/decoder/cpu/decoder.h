@@ -25,8 +25,8 @@ namespace loraplex {
 template <class T, class X>
 class Pass {
  public:
-  Pass(const Model& model, const Batch& batch, Workspace& workspace, float* logits)
-      : m(model), b(batch), w(workspace), logits_(logits), sequence_(sequences(batch)),
+  Pass(const Model& model, const Batch& batch, Workspace& workspace, float* logits, float* states)
+      : m(model), b(batch), w(workspace), logits_(logits), states_(states), sequence_(sequences(batch)),
         plan_(make_plan(batch, model.adapters, sequence_)),
         head_plan_(make_plan(batch, model.adapters, logit_sequences(batch, sequence_))),
         experts_(model, workspace, plan_, batch.num_tokens),
@@ -83,6 +83,9 @@ class Pass {
         put_group(w.normed_inputs, group, b.num_tokens, w.normed, m.hidden);
       });
       for (int l = 0; l < m.num_layers; l++) layer(phase, l);
+      team_.run(phase, b.num_states, [&](int i) {
+        std::copy_n(row(w.normed, b.state_rows[i], m.hidden), m.hidden, states_ + size_t(i) * m.hidden);
+      });
       team_.run(phase, groups(b.num_logits), [&](int group) {  // the rows whose logits are wanted, to the front of x
         each_row(group, b.num_logits, [&](int i) {
           std::copy_n(row(w.normed, b.logit_rows[i], m.hidden), m.hidden, row(w.x, i, m.hidden));
@@ -375,7 +378,7 @@ class Pass {
   const Model& m;
   const Batch& b;
   Workspace& w;
-  float* logits_;
+  float *logits_, *states_;
   std::vector<int> sequence_;
   Plan plan_, head_plan_;
   Experts<T, X> experts_;

@@ -18,20 +18,21 @@ int loraplex_bf16_order() { return LORAPLEX_ORDER; }
 Workspace* loraplex_workspace() { return new Workspace; }
 void loraplex_free_workspace(Workspace* workspace) { delete workspace; }
 
-// Returns a Fault; nothing is computed unless it is NO_FAULT.
-int loraplex_forward(const Model* model, const Batch* batch, Workspace* workspace, float* logits) {
+// Writes logits [num_logits][vocab] and final states [num_states][hidden]. Returns a Fault; nothing is computed
+// unless it is NO_FAULT.
+int loraplex_forward(const Model* model, const Batch* batch, Workspace* workspace, float* logits, float* states) {
   if (Fault fault = check(*model, *batch)) return fault;
   try {
 #if LORAPLEX_ORDER
     if (model->bf16_products) {
-      Pass<bf16, bf16>(*model, *batch, *workspace, logits).run();
+      Pass<bf16, bf16>(*model, *batch, *workspace, logits, states).run();
       return NO_FAULT;
     }
 #endif
     if (model->bf16_storage)
-      Pass<bf16, float>(*model, *batch, *workspace, logits).run();
+      Pass<bf16, float>(*model, *batch, *workspace, logits, states).run();
     else
-      Pass<float, float>(*model, *batch, *workspace, logits).run();
+      Pass<float, float>(*model, *batch, *workspace, logits, states).run();
     return NO_FAULT;
   } catch (const std::bad_alloc&) {
     return NO_MEMORY;

@@ -53,11 +53,13 @@ class Launched:
         logits: float32 [R, vocab], on the device. Rows from which a token was chosen are spoilt.
         tokens: int32 [D], the chosen tokens, on the device.
         lines: float32 [L, vocab], on the device.
+        states: float32 [H, hidden], on the device.
     """
 
     logits: torch.Tensor
     tokens: torch.Tensor
     lines: torch.Tensor
+    states: torch.Tensor
 
 
 class CudaDecoder:
@@ -142,23 +144,28 @@ class CudaDecoder:
             self.graphs = self._captured(shapes, capture or CudaCapture())
 
     @torch.no_grad()
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch, *, states: torch.Tensor | None = None) -> torch.Tensor:
         """Computes a pass and fills the cache; returns logits, float32 [R, vocab], on the CPU.
 
+        Writes the final states of `batch.state_rows` to `states`, float32 [H, hidden], on the CPU.
         Raises `PassOutOfBounds`.
         """
-        logits = self.start(batch).logits
+        under_way = self.start(batch)
+        logits = under_way.logits
         result = torch.empty(logits.shape, pin_memory=logits.is_cuda)
         self.transfers.copy_out(result, logits)
         self.transfers.wait(self.transfers.mark(logits.device))
+        if states is not None:
+            states.copy_(under_way.states)
         return result
 
     def launch(self, batch: ForwardBatch, draws: DrawTable, lines: NDArray[np.int32]) -> PassTicket:
         """Launches a pass and the copies of its results: tokens and lines. See `start`."""
-        vocab, device = self.weights.config.vocab_size, self.weights.embed.device
-        room = HostRoom.of(len(draws.records), len(lines), vocab, device)
-        under_way = self.start(batch, draws, lines)
-        return PassTicket.of(under_way.tokens, under_way.lines, room, self.transfers)
+        config, device = self.weights.config, self.weights.embed.device
+        shapes = (len(lines), config.vocab_size), (len(batch.state_rows), config.hidden_size)
+        room = HostRoom.of(len(draws.records), *shapes, device)
+        run = self.start(batch, draws, lines)
+        return PassTicket.of(run.tokens, run.lines, run.states, room, self.transfers)
 
     @torch.no_grad()
     def start(
@@ -190,9 +197,11 @@ class CudaDecoder:
         self._device_table.update()
         found = self.graphs.launch(plan) if self.graphs else None
         logits, kept = found or self._launch(plan)
+        first = plan.shape.logits
+        states = self._space.normed[first : first + plan.shape.states].float()
         if draws is not None:  # a pass without any, of virtual tokens say, leaves those before
             self._drawn = len(draws.records)
-        return Launched(logits, self.last_tokens[: plan.shape.draws], kept)
+        return Launched(logits, self.last_tokens[: plan.shape.draws], kept, states)
 
     def merge(self, adapter: PackedAdapter, dtype: torch.dtype) -> Merged:
         """Merges an adapter: dense copies, in `dtype`, of the matrices that it changes.
@@ -248,6 +257,7 @@ class CudaDecoder:
                 plan.torch_head_segments,
                 self.weights.config,
                 plan.has_virtual,
+                plan.torch_state_segments,
             )
         return self._compute_eagerly(plan.shape, plan.arrays, own)
 

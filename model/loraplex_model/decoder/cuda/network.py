@@ -74,7 +74,8 @@ class Network:
     ) -> torch.Tensor:
         """Fills the cache; returns the normed states [R, hidden] of the rows with logits.
 
-        They lie in the workspace. Rows of padding have arbitrary values.
+        They lie in the workspace, at the start of `normed`, and behind them those of the rows whose
+        states are wanted. Rows of padding have arbitrary values.
         """
         weights, parallel, own = self._weights, self._weights.config.parallel, step.own
         x, delta, second = (t[: step.rows] for t in (space.x, space.delta, space.second))
@@ -90,11 +91,16 @@ class Network:
             self._block(i, "mlp", step, space, h, second if parallel else delta)
             added = (delta, second) if parallel else (delta,)
         final = space.normed[: step.logits]
+        weight, bias = weights.norm, weights.norm_bias
         if step.logits:
-            weight, bias = weights.norm, weights.norm_bias
             self._add_and_norm(x, added, weight, bias, final, step.logit_rows)
             if own is not None:
                 own.final_norm(weight, bias, x, added, step.logit_rows, final)
+        if states := len(step.state_rows):
+            wanted = space.normed[step.logits : step.logits + states]
+            self._add_and_norm(x, added, weight, bias, wanted, step.state_rows)
+            if own is not None:
+                own.final_norm(weight, bias, x, added, step.state_rows, wanted, of_states=True)
         return final
 
     def head(self, step: DevicePass, hidden: torch.Tensor, logits: torch.Tensor) -> None:

@@ -164,9 +164,12 @@ def plan_chunks(batch: ForwardBatch, table: SlotTable) -> ChunkPlan:
     return _plan(batch, table, batch.query_starts, range(len(batch.context_lens)), IN_KERNELS)
 
 
-def plan_head(batch: ForwardBatch, table: SlotTable) -> ChunkPlan:
-    """The plan of a pass for the head, whose rows are those of `batch.logit_rows`."""
-    owners = np.searchsorted(batch.query_starts, batch.logit_rows, side="right") - 1
+def plan_head(
+    batch: ForwardBatch, table: SlotTable, rows: NDArray[np.int32] | None = None
+) -> ChunkPlan:
+    """The plan of a pass for the head, whose rows are `rows`, by default `batch.logit_rows`."""
+    rows = batch.logit_rows if rows is None else rows
+    owners = np.searchsorted(batch.query_starts, rows, side="right") - 1
     starts = np.flatnonzero(np.diff(owners, prepend=-1, append=-2))
     return _plan(batch, table, starts, owners[starts[:-1]].tolist(), Uses.HEAD)
 

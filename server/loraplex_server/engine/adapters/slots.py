@@ -120,6 +120,11 @@ class AdapterSlots:
         self.uses = 0
 
     @property
+    def budget(self) -> int:
+        """Bytes that the adapters may take together."""
+        return self._runner.adapter_budget_bytes
+
+    @property
     def prefix_blocks(self) -> int:
         """Number of blocks in use, of those set aside for virtual tokens."""
         return self._blocks.used
@@ -285,7 +290,7 @@ class AdapterSlots:
             chosen = self.victims(adapter, {*keep, *drained}) if drained else None
             if chosen is not None:
                 return chosen
-        nbytes = self.nbytes + adapter.nbytes - self._runner.adapter_budget_bytes
+        nbytes = self.nbytes + adapter.nbytes - self.budget
         blocks = self._blocks.blocks_for(adapter.virtual_tokens) - self._blocks.free
         slots = 1 - len(self._free)
         chosen = []

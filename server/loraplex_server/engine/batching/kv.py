@@ -90,6 +90,11 @@ class BlockPool:
         """Number of blocks whose content is kept, with and without an owner."""
         return len(self._kept)
 
+    @property
+    def cached(self) -> int:
+        """Number of free blocks whose content is kept."""
+        return len(self._unowned)
+
     def keep(self, block: int) -> None:
         """Keeps the content of a used block."""
         assert self.owners(block), f"the free block {block} is kept"

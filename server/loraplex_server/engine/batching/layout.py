@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from loraplex_model.base.batch import ForwardBatch
 
-from loraplex_server.engine.batching.scheduler import BatchRow, Logits
+from loraplex_server.engine.batching.request import BatchRow, Logits
 
 
 def lay_out(rows: Sequence[BatchRow]) -> ForwardBatch:
@@ -19,6 +19,7 @@ def lay_out(rows: Sequence[BatchRow]) -> ForwardBatch:
     tokens, positions, contexts, tables = array("i"), array("i"), array("i"), array("i")
     starts, mix_starts, slots = array("i", [0]), array("i", [0]), array("i")
     weights, logit_rows, copies = array("f"), array("i"), array("i")
+    state_rows = array("i")
     requests = [row.request for row in rows]
     widths = [len(each.prefix.shared) + len(each.blocks) for each in requests]
     width = max(widths)
@@ -50,6 +51,10 @@ def lay_out(rows: Sequence[BatchRow]) -> ForwardBatch:
             logit_rows.append(end - 1)
         elif logits is Logits.ALL:
             logit_rows.extend(range(at, end))
+        elif logits is Logits.STATE:
+            state_rows.append(end - 1)
+        elif logits is Logits.STATES:
+            state_rows.extend(range(at, end))
         at = end
     any_long = any(each.short_positions and each.is_long for each in requests)
     return ForwardBatch(
@@ -64,4 +69,5 @@ def lay_out(rows: Sequence[BatchRow]) -> ForwardBatch:
         logit_rows=np.asarray(logit_rows),
         copies=np.asarray(copies).reshape(-1, 2),
         is_long=np.array([each.is_long for each in requests] if any_long else [], np.bool_),
+        state_rows=np.asarray(state_rows),
     )

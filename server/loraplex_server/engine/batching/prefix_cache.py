@@ -50,17 +50,18 @@ class PrefixCache:
     def find(self, request: Request) -> list[KeptBlock]:
         """Kept blocks that hold the beginning of a queued request, in order.
 
-        A request for log-probabilities of its prompt needs the logits of every token, so nothing is
-        found for it. What was found is remembered, so asking again costs little.
+        Nothing is found for a request that needs every token computed, for log-probabilities of its
+        prompt or for the mean of its states. What was found is remembered, so asking again costs
+        little.
         """
         if not self._enabled:
             return request.found
         root, found = _root(request), request.found
-        if request.wants_prompt_logits or root != request.root:
+        if request.wants_all or root != request.root:
             self.end(request)
             request.root = root
             found.clear()
-        if request.wants_prompt_logits:
+        if request.wants_all:
             return found
         size = len(request.tokens)
         while found and (not found[-1].is_kept or self._end(request, len(found)) >= size):
@@ -75,7 +76,7 @@ class PrefixCache:
             return
         request.root = _root(request)
         request.merges_seen = request.copies.changes
-        self.lookups += not request.wants_prompt_logits
+        self.lookups += not request.wants_all
         self.hits += bool(request.found)
         request.path, request.found = request.found, []
         for node in request.path:
@@ -96,10 +97,10 @@ class PrefixCache:
         if self._end(request, at + 1) > len(request.tokens) - request.pending:
             return False
         block = _deepest(request), self._edge(request, at)
-        may_wait = not request.wants_prompt_logits and request.computed == self._end(request, at)
+        may_wait = not request.wants_all and request.computed == self._end(request, at)
         if may_wait and request.remaining > 1 and block in coming:
             return self._end(request, at + 1) < len(request.tokens)
-        if not request.wants_prompt_logits:
+        if not request.wants_all:
             coming.add(block)
         return False
 
@@ -148,7 +149,7 @@ class PrefixCache:
 
     def _catch_up(self, request: Request) -> None:
         """Takes kept blocks in place of own ones that are still empty."""
-        if request.wants_prompt_logits:
+        if request.wants_all:
             return
         while request.computed == self._end(request, len(request.path)):
             node = self._next(request, request.path)

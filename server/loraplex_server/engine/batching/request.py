@@ -1,4 +1,4 @@
-"""One request inside the engine: its parameters, its progress and the resources it holds.
+"""One request inside the engine: its parameters, its progress, the resources it holds, its rows.
 
 A request holds three kinds of resources. Each kind has one owner that grants and takes back:
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from loraplex_server.engine.messages import Logprobs, Submit
 
@@ -90,6 +90,13 @@ class MergeState:
         self.changes += 1
 
 
+class PoolState(Protocol):
+    """How far the states of a prompt's tokens have become one vector; see `passes.pooling`."""
+
+    takes_all: bool
+    tokens: int
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """The state of one request.
@@ -128,6 +135,7 @@ class Request:
         short_positions: as in the base's `DecoderConfig`; 0 if all sequences are alike.
         account: whom its tokens are charged to; None before it is queued.
         begun: time of its last start on the engine's clock.
+        pool: what becomes its vector; None if tokens are generated.
         charged: number of its first tokens that were charged, or found in the KV cache.
     """
 
@@ -162,6 +170,7 @@ class Request:
     account: Account | None = None
     begun: float = 0.0
     charged: int = 0
+    pool: PoolState | None = None
 
     def __post_init__(self) -> None:
         self.tokens = array("i", self.submit.token_ids)
@@ -221,6 +230,13 @@ class Request:
         return self.submit.prompt_logprobs is not None and self.scored < self.prompt_len
 
     @property
+    def wants_all(self) -> bool:
+        """Whether every token has to be computed for it, wherever its keys and values are."""
+        if self.pool is not None:
+            return self.pool.takes_all and self.pool.tokens < self.prompt_len
+        return self.wants_prompt_logits
+
+    @property
     def most_tokens(self) -> int:
         """Upper bound of its own tokens in the KV cache: the last one is never computed."""
         return self.prompt_len + max(1, self.submit.max_new_tokens) - 1
@@ -254,3 +270,61 @@ class Request:
         else:
             self.tokens.append(token)
         self.draw.saw(token)
+
+
+class Logits(Enum):
+    """What is computed of a row's tokens, beyond keys and values."""
+
+    NONE = "none"
+    LAST = "last"
+    """The logits of its last token."""
+    ALL = "all"
+    """The logits of all its tokens."""
+    STATE = "state"
+    """The final state of its last token."""
+    STATES = "states"
+    """The final states of all its tokens."""
+
+
+class BatchRow(NamedTuple):
+    """One request's part of a step: `count` of its own tokens from index `start` on.
+
+    A row never extends over the request's `active_from`.
+    """
+
+    request: Request
+    start: int
+    count: int  # type: ignore[assignment]  # takes the place of the method of tuples
+    logits: Logits
+
+    @property
+    def mix(self) -> tuple[tuple[int, float], ...]:
+        """`(slot, weight)` pairs of the adapters that compute it; () for the base alone."""
+        return self.request.mix if self.start >= self.request.active_from else ()
+
+    @property
+    def completes(self) -> bool:
+        """Whether all tokens are computed after this step, so that the next one is chosen."""
+        return self.start + self.count == len(self.request.tokens)
+
+    @property
+    def states(self) -> int:
+        """Number of its tokens whose final states are computed."""
+        if self.logits is Logits.STATES:
+            return self.count
+        return int(self.logits is Logits.STATE)
+
+    @staticmethod
+    def next(request: Request, count: int) -> BatchRow:
+        """The row of a running request with its next `count` tokens."""
+        start, is_last = request.computed, count == request.remaining
+        pool = request.pool
+        if pool is not None:
+            wanted = Logits.STATE if is_last else Logits.NONE
+            if pool.takes_all and start + count > pool.tokens:
+                wanted = Logits.STATES
+        elif request.wants_prompt_logits and start + count >= request.scored:
+            wanted = Logits.ALL if count > 1 or not is_last else Logits.LAST
+        else:
+            wanted = Logits.LAST if is_last else Logits.NONE
+        return BatchRow(request, start, count, wanted)

@@ -19,15 +19,15 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Collection, Hashable
-from enum import Enum
 from operator import attrgetter
-from typing import NamedTuple
 
 from loraplex_server.engine.batching.fair_queue import Account, FairQueue
 from loraplex_server.engine.batching.kv import BlockPool
 from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.batching.prefix_cache import PrefixCache
 from loraplex_server.engine.batching.prefix_tree import KeptBlock, Root
+from loraplex_server.engine.batching.request import BatchRow as BatchRow
+from loraplex_server.engine.batching.request import Logits as Logits
 from loraplex_server.engine.batching.request import Request, RequestState
 from loraplex_server.engine.batching.shares import PROMPT_PARTS, Shares
 from loraplex_server.engine.batching.step_costs import StepCosts
@@ -38,36 +38,6 @@ ACTIVE_SECONDS = 10.0
 
 NARROW_STEPS = 32
 """Number of steps with fewer tokens after a step for which device memory did not suffice."""
-
-
-class Logits(Enum):
-    """The tokens of a row for which logits are computed."""
-
-    NONE = "none"
-    LAST = "last"
-    ALL = "all"
-
-
-class BatchRow(NamedTuple):
-    """One request's part of a step: `count` of its own tokens from index `start` on.
-
-    A row never extends over the request's `active_from`.
-    """
-
-    request: Request
-    start: int
-    count: int  # type: ignore[assignment]  # takes the place of the method of tuples
-    logits: Logits
-
-    @property
-    def mix(self) -> tuple[tuple[int, float], ...]:
-        """`(slot, weight)` pairs of the adapters that compute it; () for the base alone."""
-        return self.request.mix if self.start >= self.request.active_from else ()
-
-    @property
-    def completes(self) -> bool:
-        """Whether all tokens are computed after this step, so that the next one is chosen."""
-        return self.start + self.count == len(self.request.tokens)
 
 
 _order = attrgetter("order")
@@ -207,7 +177,7 @@ class Scheduler:
                     len(request.blocks) * size >= request.prefix.rest + start + 1
                     or self._make_room(request, rows)
                 ):
-                    add(BatchRow(request, start, 1, Logits.LAST), rows)
+                    add(BatchRow.next(request, 1), rows)
             elif remaining > 1:
                 prompts.append(request)
         return [each for each in prompts if each.state is RequestState.RUNNING]
@@ -307,11 +277,7 @@ class Scheduler:
             count = min(count, self.limits.prompt_logprob_rows - scored)
             if count <= 0:
                 return 0
-        if request.wants_prompt_logits and request.computed + count >= request.scored:
-            logits = Logits.ALL
-        else:
-            logits = Logits.LAST if count == request.remaining else Logits.NONE
-        self._add(BatchRow(request, request.computed, count, logits), rows)
+        self._add(BatchRow.next(request, count), rows)
         return count
 
     def _add(self, row: BatchRow, rows: list[BatchRow]) -> None:

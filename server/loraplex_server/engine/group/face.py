@@ -10,6 +10,7 @@ from loraplex_server.engine.messages import AdapterRef, AdapterStatus, Hello, St
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.engine.process.observer import EngineObserver
 from loraplex_server.engine.process.stream import OutputStream
+from loraplex_server.engine.statistics import BatchView
 
 
 class Engine(Protocol):
@@ -58,6 +59,9 @@ class Engine(Protocol):
 
     async def unmerge(self, digest: str) -> None:
         """Drops an adapter's dense copies."""
+
+    async def look(self) -> BatchView:
+        """The batch as it is now; of several engines their batches together. Raises `Refusal`."""
 
     async def start(self) -> Hello:
         """Starts the processes. Raises `Refusal`, and `BaseChanged` if they serve other bases."""

@@ -16,7 +16,12 @@ from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.engine.group.devices import EnginePlacement
 from loraplex_server.engine.group.face import Engine, EngineMember, GroupObserver
-from loraplex_server.engine.group.joining import JoinedStats, join_hellos, join_tables
+from loraplex_server.engine.group.joining import (
+    JoinedStats,
+    join_hellos,
+    join_tables,
+    join_views,
+)
 from loraplex_server.engine.group.routing import Routes, with_room
 from loraplex_server.engine.messages import (
     AdapterRef,
@@ -34,6 +39,7 @@ from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.engine.process.stream import OutputStream
 from loraplex_server.engine.process.supervisor import Cause
 from loraplex_server.engine.process.suspects import Evidence, LossReport
+from loraplex_server.engine.statistics import BatchView
 
 OWN_FIELDS = ("model.device", "model.kernels")
 """Fields of the first message in which the engines of one server may differ."""
@@ -209,6 +215,16 @@ class EngineGroup:
 
         clients = [member.client for member in self.members]
         _raise_first(await asyncio.gather(*map(one, clients), return_exceptions=True))
+
+    async def look(self) -> BatchView:
+        """The batches of the engines that are up, as one. Raises `Refusal` if none answers."""
+        clients = [self.members[engine].client for engine in self._up() or [0]]
+        looks = (client.look() for client in clients)
+        found = await asyncio.gather(*looks, return_exceptions=True)
+        views = [each for each in found if isinstance(each, BatchView)]
+        if not views:
+            _raise_first([each for each in found if isinstance(each, BaseException)])
+        return join_views(views)
 
     # the processes
 

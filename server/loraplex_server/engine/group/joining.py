@@ -9,6 +9,7 @@ from typing import Final
 from msgspec import structs
 
 from loraplex_server.engine.messages import AdapterStatus, Hello, StepStats
+from loraplex_server.engine.statistics import BatchView
 
 OF_THE_STEP: Final = (
     "step", "step_seconds", "decode_rows", "prefill_tokens", "distinct_adapters", "base_rows",
@@ -117,4 +118,27 @@ def join_hellos(hellos: Sequence[Hello]) -> Hello:
         merge_budget_bytes=total("merge_budget_bytes"),
         prefix_blocks=total("prefix_blocks"),
         num_slots=total("num_slots"),
+    )
+
+
+def join_views(views: Sequence[BatchView]) -> BatchView:
+    """The requests of all engines, and the sums of their numbers."""
+
+    def total(name: str) -> int:
+        return sum(getattr(view, name) for view in views)
+
+    return BatchView(
+        op=0,
+        prefill=[number for view in views for number in view.prefill],
+        decode=[number for view in views for number in view.decode],
+        waiting=[number for view in views for number in view.waiting],
+        steps=total("steps"),
+        generated_tokens=total("generated_tokens"),
+        prompt_tokens=total("prompt_tokens"),
+        blocks=total("blocks"),
+        used_blocks=total("used_blocks"),
+        cached_blocks=total("cached_blocks"),
+        adapter_bytes=total("adapter_bytes"),
+        adapter_bytes_limit=total("adapter_bytes_limit"),
+        max_rows=total("max_rows"),
     )

@@ -20,6 +20,7 @@ from loraplex_server.engine.batching.scheduler import BatchRow, Logits
 from loraplex_server.engine.batching.turns import Turns
 from loraplex_server.engine.messages import Failure, Logprobs, Output
 from loraplex_server.engine.passes.choices import Choices
+from loraplex_server.engine.passes.pooling import Pool
 
 NOT_FINITE = Failure(Reason.NON_FINITE_LOGITS, "the model's output for this request is not finite")
 
@@ -82,16 +83,21 @@ class Answers:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def commit(self, rows: Sequence[BatchRow], logits: Floats) -> None:
+    def commit(self, rows: Sequence[BatchRow], logits: Floats, states: Floats) -> None:
         """Notes the computed tokens, and samples the next token of each completed row.
 
-        Rows for which sampling is costly wait for their turn instead.
+        Rows for which sampling is costly wait for their turn instead. `states` are those of the
+        rows that want some, in their order.
         """
         due: list[Request] = []
         lines: list[int] = []
-        at = 0
+        at = first_state = 0
         for row in rows:
             row.request.computed += row.count
+            if row.request.pool is not None:
+                self.pool(row, states[first_state : first_state + row.states])
+                first_state += row.states
+                continue
             is_all = row.logits is Logits.ALL
             is_sound = not is_all or self.score(row, logits[at : at + row.count])
             if is_sound and row.completes:
@@ -177,6 +183,35 @@ class Answers:
         request.scored += len(wanted)
         vouch(request)
         return True
+
+    def pool(self, row: BatchRow, states: Floats) -> None:
+        """Adds final states, float32 [row.states, hidden], to the vector of the row's request.
+
+        Ends the request if it is complete, or if a state is not finite.
+        """
+        request, pool = row.request, row.request.pool
+        assert isinstance(pool, Pool), "a request that generates tokens has no vector"
+        if not np.isfinite(states).all():
+            self._end(request, NOT_FINITE)
+            return
+        if row.states:
+            pool.add(row.start + row.count - row.states, states)
+            vouch(request)
+        if not row.completes:
+            return
+        self._outputs.append(
+            Output(
+                id=request.id,
+                started=True,
+                cached_tokens=request.cached,
+                base_tokens=min(request.active_from, request.prompt_len),
+                queue_seconds=request.queue_seconds or 0.0,
+                load_seconds=request.load_seconds,
+                finish="length",
+                state=pool.vector().tobytes(),
+            )
+        )
+        self._end(request, None)
 
     def give(self, request: Request, token: int, entries: list[Logprobs]) -> None:
         """Gives a request its next token, and adds it to the outputs.

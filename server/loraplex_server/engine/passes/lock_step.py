@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from loraplex_model.base.batch import ForwardBatch
@@ -15,6 +15,8 @@ from loraplex_server.engine.passes.tally import PassTally
 from loraplex_server.engine.runner.protocol import ModelRunner
 
 FAILED = "a forward pass failed; its %d requests fail"
+
+_NO_STATES: Final = np.empty((0, 0), np.float32)
 
 
 class Passes(Protocol):
@@ -57,7 +59,7 @@ class LockStep:
             self._tally.faults = 0
             for row in started.rows:
                 self._scheduler.settle(row)
-            self._answers.commit(started.rows, started.result)
+            self._answers.commit(started.rows, *started.result)
         elif started.error is not None:
             requests = [row.request for row in started.rows]
             self._on_fault(requests, FAILED, started.error)
@@ -66,5 +68,10 @@ class LockStep:
     def settle_slot(self, slot: int) -> None:
         """Nothing reads a slot between two steps."""
 
-    def _forward(self, rows: list[BatchRow], batch: ForwardBatch) -> Floats:
-        return np.asarray(self._runner.forward(batch))
+    def _forward(self, rows: list[BatchRow], batch: ForwardBatch) -> tuple[Floats, Floats]:
+        """Logits, and the states of the rows that want some."""
+        if not len(batch.state_rows):
+            return np.asarray(self._runner.forward(batch)), _NO_STATES
+        width = self._runner.info.base.config.hidden_size
+        states = np.empty((len(batch.state_rows), width), np.float32)
+        return np.asarray(self._runner.forward(batch, states)), states

@@ -55,15 +55,17 @@ class LaunchedRow:
     """A row of a launch, and the places of its results.
 
     Attributes:
-        completes: its request's next token is chosen from its last logits.
+        completes: its request's next token is chosen from its last logits, or its vector is whole.
         draw: number of the draw that chooses it; `NOWHERE` if the host does, or nobody.
         line: the first of its lines among those for the host; `NOWHERE` if it has none.
+        state: the first of its states; `NOWHERE` if it has none.
     """
 
     row: BatchRow
     completes: bool
     draw: int
     line: int
+    state: int = NOWHERE
 
 
 class Flight:
@@ -161,8 +163,12 @@ class OneAhead:
         draws: list[DrawOrder] = []
         draw_lines: list[int] = []
         host_lines: list[int] = []
-        at = 0
+        at = states = 0
         for row in rows:
+            if row.request.pool is not None:
+                launched.append(LaunchedRow(row, row.completes, NOWHERE, NOWHERE, states))
+                states += row.states
+                continue
             end = at + (row.count if row.logits is Logits.ALL else row.logits is Logits.LAST)
             draw, line, completes = NOWHERE, NOWHERE, row.completes
             is_for_host = completes and _is_chosen_on_host(row.request)
@@ -208,6 +214,9 @@ class OneAhead:
             self._scheduler.settle(row)
             if launched.completes:
                 request.awaits_token = False
+            if request.pool is not None:
+                self._answers.pool(row, result.states[launched.state :][: row.states])
+                continue
             last = launched.line
             if row.logits is Logits.ALL:
                 last += row.count - 1

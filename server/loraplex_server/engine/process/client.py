@@ -11,7 +11,7 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import ParamSpec
+from typing import ParamSpec, cast
 
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -43,25 +43,18 @@ from loraplex_server.engine.messages import (
     files_digest,
 )
 from loraplex_server.engine.process.child import SpawnedEngine
-from loraplex_server.engine.process.limits import SupervisionLimits
+from loraplex_server.engine.process.limits import (
+    MAX_ORDERS,
+    TOO_MANY_ORDERS,
+    SupervisionLimits,
+)
 from loraplex_server.engine.process.observer import EngineObserver
 from loraplex_server.engine.process.restoring import Restoration
-from loraplex_server.engine.process.stream import OutputStream, ends
+from loraplex_server.engine.process.stream import REFUSED, RESTARTED, STOPPED, OutputStream, ends
 from loraplex_server.engine.process.supervisor import Cause, Supervisor
 from loraplex_server.engine.process.suspect_loads import SuspectLoads
 from loraplex_server.engine.process.suspects import Evidence, LossReport, Suspects
-
-RESTARTED = Failure(Reason.ENGINE_RESTARTED, "the engine was restarted; try again")
-MAX_ORDERS = 1024
-"""Orders about adapters that may wait for their answers at once; more are refused."""
-
-TOO_MANY_ORDERS = Failure(
-    Reason.OVERLOADED, f"{MAX_ORDERS} orders about adapters are waiting for the engine already"
-)
-STOPPED = Failure(Reason.DRAINING, "the server is shutting down")
-REFUSED = Failure(
-    Reason.REQUEST_QUARANTINED, "the engine ended each time that this request was computed"
-)
+from loraplex_server.engine.statistics import BatchView, Look
 
 P = ParamSpec("P")
 log = logging.getLogger(__name__)
@@ -108,7 +101,7 @@ class EngineClient:
         self._report = LossReport()
         self._streams: dict[int, OutputStream] = {}
         self.requests: dict[int, Submit] = {}
-        self._pending: dict[int, asyncio.Future[None]] = {}
+        self._pending: dict[int, asyncio.Future[BatchView | None]] = {}
         self._ops = itertools.count(1)
         self.restarts = 0
         self.stats: StepStats | None = None
@@ -259,17 +252,21 @@ class EngineClient:
         self.quarantined.pop(digest, None)
         self._suspects.forget(digest)
 
-    async def _order(self, message: Control) -> None:
-        """Sends an order and waits for its answer."""
+    async def look(self) -> BatchView:
+        """The batch of the engine between two steps. Raises `Refusal`."""
+        return cast(BatchView, await self._order(Look(next(self._ops))))
+
+    async def _order(self, message: Control | Look) -> BatchView | None:
+        """Sends an order, or a question, and waits for its answer."""
         if not self.ready:
             raise _refusal(self._absence)
         if len(self._pending) >= MAX_ORDERS:
             raise _refusal(TOO_MANY_ORDERS)
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[BatchView | None] = asyncio.get_running_loop().create_future()
         self._pending[message.op] = future
         try:
             self._supervisor.send(message)
-            await future
+            return await future
         except asyncio.CancelledError:
             self._supervisor.send(Withdraw(message.op))
             raise
@@ -305,12 +302,14 @@ class EngineClient:
         elif isinstance(message, MergeDone):
             self._suspects.on_merge(message)
             self._notify(self._observer.on_merge, message)
-        elif isinstance(message, ControlDone):
+        elif isinstance(message, ControlDone | BatchView):
             self._restoration.done(message.op)
             future = self._pending.pop(message.op, None)
             if future is None or future.done():
                 return
-            if message.error is None:
+            if isinstance(message, BatchView):
+                future.set_result(message)
+            elif message.error is None:
                 future.set_result(None)
             else:
                 future.set_exception(_refusal(message.error))

@@ -14,11 +14,13 @@ from loraplex_server.engine.messages import (
     Control,
     ControlDone,
     LimitHost,
+    Look,
     Shutdown,
     Submit,
     ToEngine,
     Unload,
 )
+from loraplex_server.engine.statistics import BatchView
 
 FAR_SECONDS: Final = 366 * 86_400.0
 """Longest distance of a deadline in seconds. Timers and queues refuse waits of some centuries."""
@@ -48,10 +50,11 @@ class Handler:
         """Whether the process should be replaced."""
         return self._failures >= MAX_FAILURES
 
-    def handle(self, message: ToEngine) -> ControlDone | None:
+    def handle(self, message: ToEngine) -> ControlDone | BatchView | None:
         """Passes a message, which is not `Shutdown`, to the core.
 
-        Returns the answer to an order that failed; a failed request is answered by the next step.
+        Returns the answer to a question, or to an order that failed; a failed request is answered
+        by the next step.
         """
         assert not isinstance(message, Shutdown), "Shutdown is for the main loop"
         try:
@@ -64,6 +67,8 @@ class Handler:
                 case LimitHost():
                     self._core.limit_host(message.nbytes)
                     return None
+                case Look():
+                    return self._core.look(message.op)
                 case Unload():
                     self._core.control(within_reach(message))
                 case _:
@@ -76,7 +81,7 @@ class Handler:
         self._failures = 0
         return None
 
-    def _failed(self, message: Submit | Abort | LimitHost | Control) -> ControlDone | None:
+    def _failed(self, message: Submit | Abort | LimitHost | Look | Control) -> ControlDone | None:
         if isinstance(message, Abort | LimitHost):
             return None
         self._failures += 1

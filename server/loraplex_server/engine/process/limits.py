@@ -5,6 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
+
+from loraplex_model.base.refusal import Reason
+
+from loraplex_server.engine.messages import Failure
+
+MAX_ORDERS: Final = 1024
+"""Orders about adapters that may wait for their answers at once; more are refused."""
+
+TOO_MANY_ORDERS: Final = Failure(
+    Reason.OVERLOADED, f"{MAX_ORDERS} orders about adapters are waiting for the engine already"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,9 +135,9 @@ def serve(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) -> int:
         for message in messages:
             if isinstance(message, Shutdown):
                 return 0
-            failed = handler.handle(message)
-            if failed is not None:
-                outbox.send(failed)
+            answer = handler.handle(message)
+            if answer is not None:
+                outbox.send(answer)
         refused = core.take_refusals()
         if refused is not None:
             outbox.send(refused)

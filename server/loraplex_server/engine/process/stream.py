@@ -6,7 +6,16 @@ import asyncio
 import math
 import time
 
-from loraplex_server.engine.messages import Output
+from loraplex_model.base.refusal import Reason
+
+from loraplex_server.engine.messages import Failure, Output
+
+RESTARTED = Failure(Reason.ENGINE_RESTARTED, "the engine was restarted; try again")
+STOPPED = Failure(Reason.DRAINING, "the server is shutting down")
+REFUSED = Failure(
+    Reason.REQUEST_QUARANTINED, "the engine ended each time that this request was computed"
+)
+"""What a stream ends with if its request was not computed to its end."""
 
 
 class OutputStream:

@@ -20,8 +20,8 @@ from loraplex_server.engine.runner.protocol import DrawOrder, StepResult
 class DecoderTicket(Protocol):
     """A pass that a decoder has launched."""
 
-    def wait(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Waits for the pass; returns tokens [D] and lines of logits [L, vocab]."""
+    def wait(self) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
+        """Waits for the pass; returns tokens [D], logits [L, vocab] and states [H, hidden]."""
 
 
 @runtime_checkable

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.load.tensors import load
@@ -25,6 +26,7 @@ from loraplex_model.decoder.native import NativeDecoder
 from loraplex_model.decoder.open import Decoder, ServingSizes, open_decoder
 from loraplex_model.ops.devices import resolve
 from loraplex_model.ops.dtypes import BY_NAME
+from numpy.typing import NDArray
 
 from loraplex_server.engine.messages import AdapterRef, ModelInfo, files_digest
 from loraplex_server.engine.runner.adapter_memory import (
@@ -114,20 +116,26 @@ class LocalRunner:
             self.sampler = NativeSampler(self.decoder.sampling())
         self._need_file()  # most of it was read to pack it for the kernels
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Logits, float32 [R, vocab], on the CPU; the next call may overwrite them."""
-        with self._mapped(), torch.inference_mode():
-            return self._errors.replace(lambda: self._forward(batch))
+    def forward(
+        self, batch: ForwardBatch, states: NDArray[np.float32] | None = None
+    ) -> torch.Tensor:
+        """Logits, float32 [R, vocab], on the CPU; the next call may overwrite them.
 
-    def _forward(self, batch: ForwardBatch) -> torch.Tensor:
+        Writes the final states of `batch.state_rows` to `states`, float32 [H, hidden].
+        """
+        wanted = None if states is None else torch.from_numpy(states)
+        with self._mapped(), torch.inference_mode():
+            return self._errors.replace(lambda: self._forward(batch, wanted))
+
+    def _forward(self, batch: ForwardBatch, states: torch.Tensor | None) -> torch.Tensor:
         if not isinstance(self.decoder, NativeDecoder):
-            return self.decoder.forward(batch).to("cpu", torch.float32)
+            return self.decoder.forward(batch, states=states).to("cpu", torch.float32)
         lines = len(batch.logit_rows)
         if lines > KEPT_LINES:
-            return self.decoder.forward(batch)
+            return self.decoder.forward(batch, states=states)
         if lines > len(self._lines):
             self._lines = torch.empty(lines, self.info.base.config.vocab_size)
-        return self.decoder.forward(batch, self._lines[:lines])
+        return self.decoder.forward(batch, self._lines[:lines], states=states)
 
     def read_adapter(self, ref: AdapterRef) -> ReadAdapter:
         """Reads, verifies and packs an adapter's files. Raises `Refusal`."""

@@ -107,10 +107,13 @@ class ModelRunner(Protocol):
     host_budget_bytes: int
     merge_budget_bytes: int
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+    def forward(
+        self, batch: ForwardBatch, states: NDArray[np.float32] | None = None
+    ) -> torch.Tensor:
         """Computes a forward pass; returns logits, float32 [R, vocab], on the CPU.
 
-        The next call may overwrite them.
+        The next call may overwrite them. Writes the final states of `batch.state_rows` to `states`,
+        float32 [H, hidden]; it is given if the batch wants some.
         """
 
     def read_adapter(self, ref: AdapterRef) -> LoadedAdapter:
@@ -189,10 +192,12 @@ class StepResult:
     Attributes:
         tokens: int32 [D], the token of each draw; -1 if the row's logits are not all finite.
         lines: float32 [L, vocab], the logits that were asked for.
+        states: float32 [H, hidden], the final states of `batch.state_rows`.
     """
 
     tokens: NDArray[np.int32]
     lines: NDArray[np.float32]
+    states: NDArray[np.float32]
 
 
 class StepTicket(Protocol):

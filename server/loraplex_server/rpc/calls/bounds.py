@@ -19,6 +19,7 @@ from loraplex_model.base.refusal import Problem
 
 MAX_MESSAGE_BYTES: Final = 4 << 20
 MAX_TOKEN_IDS: Final = 1 << 20
+MAX_TEXTS: Final = 2048
 MAX_TURNS: Final = 4096
 MAX_TOOLS: Final = 128
 MAX_TOOL_CALLS: Final = 128
@@ -61,6 +62,7 @@ ENTRIES: Final[Mapping[str, int]] = MappingProxyType(
         for field, most in {
             "GenerateRequest.mix": MAX_MIX,
             "TokenIds.ids": MAX_TOKEN_IDS,
+            "EmbedRequest.inputs": MAX_TEXTS,
             "ChatMessages.messages": MAX_TURNS,
             "ChatMessages.tools": MAX_TOOLS,
             "ChatMessages.chat_template_kwargs": MAX_TEMPLATE_VARIABLES,
@@ -96,6 +98,9 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
             "GenerateRequest.request_id": MAX_REQUEST_ID,
             "GenerateRequest.cache_salt": MAX_CACHE_SALT,
             "AdapterWeight.adapter_id": MAX_NAME,
+            "EmbedRequest.adapter_id": MAX_NAME,
+            "EmbedRequest.request_id": MAX_REQUEST_ID,
+            "EmbedInput.text": MAX_MESSAGE_BYTES,
             "ChatMessage.role": MAX_NAME,
             "ChatMessage.content": MAX_MESSAGE_BYTES,
             "ChatMessage.tool_call_id": MAX_NAME,

@@ -37,6 +37,8 @@ from loraplex_server.rpc.services.completions.events import (
 )
 from loraplex_server.rpc.services.completions.interleaving import interleaved
 from loraplex_server.rpc.services.counted import counted
+from loraplex_server.rpc.services.embedding.embedder import Embedder
+from loraplex_server.rpc.services.live.in_flight import InFlight
 from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.resolve import (
     WeightedAdapter,
@@ -65,6 +67,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     stream_writes: int
     max_priority: int = MAX_PRIORITY
     ids: Iterator[int] = field(default_factory=itertools.count)
+    in_flight: InFlight = field(default_factory=InFlight)
+
+    async def Embed(
+        self, request: generation_pb2.EmbedRequest, context: _Context
+    ) -> generation_pb2.EmbedResponse:
+        """Returns the final states of texts."""
+        return await Embedder(self).embed(request, context.time_remaining())
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: _Context
@@ -192,7 +201,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """The events of one completion; the first one is `started` for the first completion."""
         begun, not_before = False, 0.0
         started = None if run.index else started_event(call)
-        with self.metrics.generation(call.names):
+        with (
+            self.metrics.generation(call.names),
+            self.in_flight.request(run.id, records(call.adapters)),
+        ):
             outputs = self.engine.submit(call.submit(run.id, self.bounds, run.index))
             while taken := await outputs.take(not_before):
                 for batch in slices(taken):

@@ -42,12 +42,17 @@ class Prompts:
             case "messages":
                 return (await self.render(request.messages, field, room, template)).token_ids
             case "prompt":
-                with _naming(field, room):
-                    ids = await self.tokenizer.encode(request.prompt)
+                return await self.ids(request.prompt, field, room)
             case _:
-                ids = list(request.token_ids.ids)
-        _check_length(ids, field, room)
-        return ids
+                return await self.ids(list(request.token_ids.ids), field, room)
+
+    async def ids(self, given: str | list[int], field: str, room: int) -> list[int]:
+        """The tokens of a text, or those that are given, whose path in the request is `field`."""
+        if isinstance(given, str):
+            with _naming(field, room):
+                given = await self.tokenizer.encode(given)
+        _check_length(given, field, room)
+        return given
 
     async def render(
         self,

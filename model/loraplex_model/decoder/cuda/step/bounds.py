@@ -51,7 +51,9 @@ class Bounds:
             return Fault.BAD_ROWS
         if not _in_order(batch.query_starts, sequences, rows):
             return Fault.BAD_ROWS
-        if not _within(batch.logit_rows, rows) or len(batch.is_long) not in (0, sequences):
+        if not (_within(batch.logit_rows, rows) and _within(batch.state_rows, rows)):
+            return Fault.BAD_ROWS
+        if len(batch.is_long) not in (0, sequences):
             return Fault.BAD_ROWS
         if not _in_order(batch.mix_starts, sequences, len(batch.mix_slots)):
             return Fault.BAD_SLOT

@@ -88,13 +88,16 @@ class OwnRows:
         head_segments: Sequence[RowSegment],
         config: DecoderConfig,
         has_virtual: bool,
+        state_segments: Sequence[RowSegment] = (),
     ) -> None:
         """Prepares the rows' changes.
 
         Args:
-            segments, head_segments: the rows of the pass and those of the logits, by mix.
+            segments, head_segments, state_segments: the rows of the pass, those of the logits and
+                those of the states, by mix.
             has_virtual: whether some of the tokens are virtual.
         """
+        self._state_runs = [_run(segment, table) for segment in state_segments]
         self._runs = [_run(segment, table) for segment in segments]
         self._head_runs = [_run(segment, table) for segment in head_segments]
         self._config, self._has_virtual = config, has_virtual
@@ -147,12 +150,15 @@ class OwnRows:
         added: Sequence[torch.Tensor],
         rows: torch.Tensor,
         normed: torch.Tensor,
+        *,
+        of_states: bool = False,
     ) -> None:
         """The same for the last norm: x and `added` are [T, hidden], rows and normed of the logits.
 
-        Reads the sum of x and what the last layer adds to it.
+        With `of_states` they are those of the states. Reads the sum of x and what the last layer
+        adds to it.
         """
-        for run in _using(self._head_runs, Uses.NORM):
+        for run in _using(self._state_runs if of_states else self._head_runs, Uses.NORM):
             wanted = rows[run.rows]
             state = x.index_select(0, wanted)
             for delta in added:

@@ -51,6 +51,7 @@ class PassShape:
         lines: lines of the logits that are kept for the host.
         ragged: int32 numbers of block tables and lists.
         copies: blocks that are copied before the pass.
+        states: rows whose final states are wanted.
     """
 
     rows: int
@@ -63,6 +64,7 @@ class PassShape:
     lines: int
     ragged: int
     copies: int = 0
+    states: int = 0
 
     def layout(self, unread: int = 0) -> Layout:
         """The places of the arrays; `unread` is written behind arrays where nothing is read."""
@@ -71,6 +73,7 @@ class PassShape:
             "table_rows": Segment("i4", self.rows, 0),
             "kv_slots": Segment("i4", self.rows, -1),
             "logit_rows": Segment("i4", self.logits, -1),
+            "state_rows": Segment("i4", self.states, -1),
         }
         tiles = {
             "short": Segment("i4", self.short * FIELDS, unread),
@@ -101,8 +104,8 @@ class PassPlan:
         shape: the room that it needs.
         arrays: its arrays, by the names of the segments of `PassShape.layout`.
         chunks: the plan of the adapters' chunks.
-        torch_segments, torch_head_segments: rows with changes that need code in torch; both are
-            empty if there are none.
+        torch_segments, torch_head_segments, torch_state_segments: rows of the pass, of the logits
+            and of the states with changes that need code in torch; empty if there are none.
         has_virtual: whether some of its tokens are virtual.
     """
 
@@ -111,6 +114,7 @@ class PassPlan:
     chunks: ChunkPlan
     torch_segments: tuple[RowSegment, ...]
     torch_head_segments: tuple[RowSegment, ...]
+    torch_state_segments: tuple[RowSegment, ...]
     has_virtual: bool
 
     @property
@@ -121,7 +125,7 @@ class PassPlan:
     def fits(self, shape: PassShape) -> bool:
         """Whether a graph of this shape can compute the pass."""
         own = self.shape
-        if self.needs_torch or own.copies or own.tall:
+        if self.needs_torch or own.copies or own.tall or own.states:
             return False
         if own.lora is not None and (shape.lora is None or not self.chunks.fits(shape.lora)):
             return False
@@ -157,6 +161,8 @@ def plan_pass(
     chunks = plan_chunks(batch, table)
     has_virtual = bool(batch.tokens.max() >= vocab)
     head_segments = plan_head(batch, table).segments if chunks.segments else ()
+    has_states = bool(chunks.segments) and len(batch.state_rows) > 0
+    states = plan_head(batch, table, batch.state_rows).segments if has_states else ()
     segments = (*chunks.segments, *head_segments)
     needs_torch = has_virtual or any(segment.needs_torch for segment in segments)
     for fields in (tiles.short, tiles.tall):
@@ -174,18 +180,20 @@ def plan_pass(
         lines=len(kept),
         ragged=len(tables) + len(lists),
         copies=len(batch.copies),
+        states=len(batch.state_rows),
     )
     arrays = {
         "tokens": batch.tokens,
         "table_rows": _table_rows(batch, counts, long_from),
         "kv_slots": slots,
         "logit_rows": batch.logit_rows,
+        "state_rows": batch.state_rows,
         **_counted(short=tiles.short, tall=tiles.tall, draw=records, line=kept),
         **chunks.arrays(),
         "copies": batch.copies.T.astype(np.int64),
         "ragged": np.concatenate([tables, lists]),
     }
-    own = (chunks.segments, head_segments) if needs_torch else ((), ())
+    own = (chunks.segments, head_segments, states) if needs_torch else ((), (), ())
     return PassPlan(shape, arrays, chunks, *own, has_virtual)
 
 
@@ -241,6 +249,7 @@ class DevicePass:
         tokens, kv_slots: int32 [rows].
         table_rows: int32 [rows], the place of each row's position in `PositionTables`.
         logit_rows: int32 [logits]; negative for padding.
+        state_rows: int32 [states].
         tables: int32 [N, 1], block tables; a tile says at which row its own begins.
         short, tall: tiles; None without any.
         lora: the adapters' plan; None without any.
@@ -256,6 +265,7 @@ class DevicePass:
     table_rows: torch.Tensor
     kv_slots: torch.Tensor
     logit_rows: torch.Tensor
+    state_rows: torch.Tensor
     tables: torch.Tensor
     short: DeviceTiles | None
     tall: DeviceTiles | None
@@ -285,6 +295,7 @@ class DevicePass:
             table_rows=views["table_rows"],
             kv_slots=views["kv_slots"],
             logit_rows=views["logit_rows"],
+            state_rows=views["state_rows"],
             tables=views["ragged"][:, None],
             short=_tiles(views, "short", shape.short, shape.chunks),
             tall=_tiles(views, "tall", shape.tall, 0),

@@ -21,18 +21,26 @@ class HostRoom:
     Attributes:
         tokens: int32 [D].
         lines: float32 [L, vocab].
+        states: float32 [H, hidden].
     """
 
     tokens: torch.Tensor
     lines: torch.Tensor
+    states: torch.Tensor
 
     @staticmethod
-    def of(draws: int, lines: int, vocab: int, device: torch.device) -> HostRoom:
-        """Room for so many tokens and lines; pinned if `device` is a CUDA device."""
+    def of(
+        draws: int, lines: tuple[int, int], states: tuple[int, int], device: torch.device
+    ) -> HostRoom:
+        """Room for so many tokens, and lines and states of these shapes.
+
+        It is pinned if `device` is a CUDA device.
+        """
         pin = device.type == "cuda"
         return HostRoom(
             torch.empty(draws, dtype=torch.int32, pin_memory=pin),
-            torch.empty(lines, vocab, pin_memory=pin),
+            torch.empty(lines, pin_memory=pin),
+            torch.empty(states, pin_memory=pin),
         )
 
 
@@ -43,25 +51,32 @@ class PassTicket:
     Attributes:
         tokens: int32 [D].
         lines: float32 [L, vocab].
+        states: float32 [H, hidden].
         ended: the event after the copies; None on the CPU.
     """
 
     tokens: torch.Tensor
     lines: torch.Tensor
+    states: torch.Tensor
     ended: torch.cuda.Event | None
     transfers: Transfers
 
     @staticmethod
     def of(
-        tokens: torch.Tensor, lines: torch.Tensor, room: HostRoom, transfers: Transfers
+        tokens: torch.Tensor,
+        lines: torch.Tensor,
+        states: torch.Tensor,
+        room: HostRoom,
+        transfers: Transfers,
     ) -> PassTicket:
-        """Starts the copies of tokens, int32 [D], and lines, float32 [L, vocab], to `room`."""
-        for source, target in ((tokens, room.tokens), (lines, room.lines)):
+        """Starts the copies of tokens, lines and states, of the shapes above, to `room`."""
+        targets = (room.tokens, room.lines, room.states)
+        for source, target in zip((tokens, lines, states), targets, strict=True):
             if source.numel():
                 transfers.copy_out(target, source)
-        return PassTicket(room.tokens, room.lines, transfers.mark(tokens.device), transfers)
+        return PassTicket(*targets, transfers.mark(tokens.device), transfers)
 
-    def wait(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Waits for the pass and returns tokens and lines."""
+    def wait(self) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
+        """Waits for the pass and returns tokens, lines and states."""
         self.transfers.wait(self.ended)
-        return self.tokens.numpy(), self.lines.numpy()
+        return self.tokens.numpy(), self.lines.numpy(), self.states.numpy()

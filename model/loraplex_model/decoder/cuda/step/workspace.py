@@ -55,7 +55,7 @@ class Workspace:
     ) -> Workspace:
         """Memory, not initialised, for passes of each of `shapes`, and no less than the numbers."""
         for shape in shapes:
-            rows = max(rows, shape.rows, shape.logits)
+            rows = max(rows, shape.rows, shape.logits + shape.states)
             chunk_floats = max(chunk_floats, _chunk_floats(config, shape))
             low_rank_floats = max(low_rank_floats, _low_rank_floats(config, shape))
 
@@ -80,7 +80,7 @@ class Workspace:
     def with_room(self, config: DecoderConfig, shape: PassShape) -> Workspace:
         """This workspace if it has room for a pass, else a larger one."""
         has_room = (
-            max(shape.rows, shape.logits) <= self.rows
+            max(shape.rows, shape.logits + shape.states) <= self.rows
             and _chunk_floats(config, shape) <= self.chunks.numel()
             and _low_rank_floats(config, shape) <= self.low_rank.numel()
         )

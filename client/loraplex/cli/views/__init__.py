@@ -1,0 +1,1 @@
+"""The commands that show a server's engine, and texts as vectors."""

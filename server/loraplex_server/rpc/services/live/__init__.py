@@ -1,0 +1,1 @@
+"""The live batch: which requests the engine computes at present, as each caller may see them."""
