@@ -1,18 +1,20 @@
-"""Long Zipf traffic with ordinary sampling: capacity, 0.8 times that, and twice that.
+"""Long Zipf traffic with ordinary sampling: at capacity, 0.8 times that, and 0.5 to 5 times.
 
     python bench/bench_load.py --duration 1800          (make bench-load DURATION=1800)
 
-Starts its own server with the default model and 64 adapters of rank 16, and stops it. Three phases:
+Starts its own server with the default model and 64 adapters of rank 16, and stops it. Phases:
 
 - capacity: a closed loop of 64 requests; its output tokens per second are the capacity;
 - steady: an open loop of 0.8 times the capacity for `--duration` seconds;
-- overload: an open loop of twice the capacity for a shorter time, with a deadline on each request.
+- ladder: open loops of 0.5, 1, 2, 3 and 5 times the capacity, with a deadline on each request;
+- recovery: half the capacity again, from the moment at which the last of those sends no more.
 
 Every prompt is different, and answers have different lengths. The last line of output is one JSON
-object: failed requests (of the overload, those that were neither refused nor late), the 99th
+object: failed requests (of the ladder, those that were neither refused nor late), the 99th
 percentile of gaps between tokens over their median and the slope of the memory of the server's
-processes, both in the steady phase; tokens of complete answers in the overload over the capacity,
-and the 99th percentile of the time until a refusal.
+processes, both in the steady phase; tokens of complete answers at each rung over the capacity,
+the 99th percentile of the time until a refusal at twice the capacity, and the seconds after the
+surge until first tokens came as soon as at half the capacity before it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -37,11 +39,13 @@ from load import percentile
 from loraplex import LoraplexError
 from open_loop import Traffic
 from served import Server, ServerError, exit_on_sigterm
-from workload import Popularity, Span, Workload
+from workload import Job, Popularity, Span, Workload
 
 CONCURRENCY = 64
 """Requests in flight of the closed loop: as many as the server runs at once."""
 STEADY_DEADLINE_S = 120.0
+RUNGS = (0.5, 1.0, 2.0, 3.0, 5.0)
+"""Rates of the ladder, in capacities. The first is the rate of the recovery, too."""
 
 
 class Memory(threading.Thread):
@@ -135,33 +139,79 @@ async def phases(
         )
     ramp = min(30, args.duration // 4)
     show("steady", steady, steady.rate(ramp, args.duration))
-    await asyncio.sleep(1)
-    length = min(120, max(16, args.duration // 5))
-    overload = await open_loop.opened(
-        server.address, jobs, 2 * rate, length, args.deadline, args.seed + 1
-    )
-    goodput = overload.rate(length // 4, length)
-    show("overload", overload, goodput)
+    ladder = Ladder(server.address, jobs, rate, min(60, max(16, args.duration // 5)))
+    await ladder.climb(args.deadline, args.seed + 1)
     median = percentile(steady.gaps_s, 50)
     return {
-        "errors": sum(steady.errors.values())
-        + len(steady.refusals_s)
-        + steady.late
-        + sum(closed.errors.values())
-        + len(closed.refusals_s)
-        + closed.late
-        + sum(overload.errors.values()),
+        "errors": failed(closed) + failed(steady) + ladder.errors,
         "itl_p99_over_median": percentile(steady.gaps_s, 99) / median,
         "rss_slope_mb_per_min": memory.slope_mb_per_min,
-        "goodput_at_2x": goodput / capacity,
-        "refusal_p99_ms": 1e3 * percentile(overload.refusals_s, 99),
+        "goodput_at_2x": ladder.goodput(2.0) / capacity,
+        "refusal_p99_ms": 1e3 * percentile(ladder.rungs[2.0].refusals_s, 99),
+        "goodput": {f"{rung:g}x": ladder.goodput(rung) / capacity for rung in RUNGS},
+        "recovery_s": ladder.recovery_s,
         "capacity_tok_s": capacity,
         "itl_median_ms": 1e3 * median,
         "steady_requests": steady.finished,
-        "refused": len(overload.refusals_s),
-        "late": overload.late,
+        "refused": sum(len(rung.refusals_s) for rung in ladder.rungs.values()),
+        "late": sum(rung.late for rung in ladder.rungs.values()),
         "duration_s": args.duration,
     }
+
+
+class Ladder:
+    """Open loops at more and more times the capacity, and half of it at once after the last.
+
+    Attributes:
+        rungs: what was received at each of `RUNGS`.
+        after: what was received after the last rung.
+    """
+
+    def __init__(self, target: str, jobs: Iterator[Job], rate: float, seconds: int) -> None:
+        """`rate` is the capacity in requests per second; each rung lasts `seconds`."""
+        self._target, self._jobs, self._rate, self._seconds = target, jobs, rate, seconds
+        self.rungs: dict[float, Traffic] = {}
+        self.after = Traffic(0.0)
+
+    async def climb(self, deadline_s: float, seed: int) -> None:
+        for number, rung in enumerate(RUNGS[:-1]):
+            self.rungs[rung] = await self._send(rung, deadline_s, seed + number)
+            show(f"{rung:g} x", self.rungs[rung], self.goodput(rung))
+        last = RUNGS[-1]
+        surge = asyncio.create_task(self._send(last, deadline_s, seed + len(RUNGS)))
+        await asyncio.sleep(self._seconds)
+        self.after = await self._send(RUNGS[0], deadline_s, seed + len(RUNGS) + 1)
+        self.rungs[last] = await surge
+        show(f"{last:g} x", self.rungs[last], self.goodput(last))
+        show("recovery", self.after, self.after.rate(self._seconds // 2, self._seconds))
+
+    async def _send(self, rung: float, deadline_s: float, seed: int) -> Traffic:
+        rate = rung * self._rate
+        return await open_loop.opened(
+            self._target, self._jobs, rate, self._seconds, deadline_s, seed
+        )
+
+    def goodput(self, rung: float) -> float:
+        """Output tokens per second of complete answers, without the rung's first quarter."""
+        return self.rungs[rung].rate(self._seconds // 4, self._seconds)
+
+    @property
+    def errors(self) -> int:
+        """Requests that failed otherwise than by a refusal or a deadline."""
+        return sum(sum(each.errors.values()) for each in (*self.rungs.values(), self.after))
+
+    @property
+    def recovery_s(self) -> float:
+        """Seconds after the surge until first tokens came as soon as at half the capacity before.
+
+        As soon: no later than the slowest of that rung.
+        """
+        return self.after.recovered(max(first for _, first in self.rungs[RUNGS[0]].waits))
+
+
+def failed(traffic: Traffic) -> int:
+    """Requests without a complete answer, for whatever reason."""
+    return sum(traffic.errors.values()) + len(traffic.refusals_s) + traffic.late
 
 
 def show(name: str, traffic: Traffic, tok_s: float) -> None:
@@ -189,7 +239,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--duration", type=_seconds, default=1800, help="seconds of the steady phase")
-    add("--deadline", type=float, default=30.0, help="seconds for a request of the overload")
+    add("--deadline", type=float, default=30.0, help="seconds for a request of the ladder")
     add("--adapters", type=int, default=64, help="registered adapters")
     add("--prompt-tokens", type=Span.parse, default=Span(32, 256), help="N or LOW-HIGH")
     add("--output-tokens", type=Span.parse, default=Span(16, 128), help="N or LOW-HIGH")

@@ -7,6 +7,7 @@ each answer is reduced to a few numbers when it ends.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from array import array
@@ -35,6 +36,8 @@ class Traffic:
         gaps_s, first_s: seconds between tokens, and to the first token, of complete answers.
         tokens: output tokens of complete answers by the second in which they arrived, counted from
             `began`.
+        waits: of every request, the seconds from `began` until it was sent, and from there to its
+            first token; infinite for a request that was refused, late or failed.
     """
 
     began: float
@@ -45,6 +48,7 @@ class Traffic:
     gaps_s: array[float] = field(default_factory=lambda: array("d"))
     first_s: array[float] = field(default_factory=lambda: array("d"))
     tokens: Counter[int] = field(default_factory=Counter)
+    waits: list[tuple[float, float]] = field(default_factory=list)
 
     def rate(self, start: int, end: int) -> float:
         """Output tokens per second between two whole seconds since `began`."""
@@ -52,6 +56,11 @@ class Traffic:
 
     def add(self, exchange: Exchange, deadline_s: float) -> None:
         """Counts an exchange that has ended."""
+        first = self._count(exchange, deadline_s)
+        self.waits.append((exchange.sent - self.began, first))
+
+    def _count(self, exchange: Exchange, deadline_s: float) -> float:
+        """Returns the seconds to the first token, infinite without a complete answer."""
         if exchange.error:
             taken = exchange.ended - exchange.sent
             early = exchange.error == "DEADLINE_EXCEEDED" and taken < 0.9 * deadline_s
@@ -61,16 +70,29 @@ class Traffic:
                 self.late += 1
             else:
                 self.errors[exchange.error] += 1
-            return
+            return math.inf
         answer = load.read(exchange)
         if answer.error:
             self.errors[answer.error] += 1
-            return
+            return math.inf
         self.finished += 1
-        self.first_s.append(answer.tokens[0][0] - answer.sent)
+        first = answer.tokens[0][0] - answer.sent
+        self.first_s.append(first)
         self.gaps_s.extend(answer.gaps)
         for at, count in answer.tokens:
             self.tokens[int(at - self.began)] += count
+        return first
+
+    def recovered(self, limit_s: float) -> float:
+        """Seconds from `began` until every later request had its first token within `limit_s`.
+
+        0 if all had; nan if the last request had not.
+        """
+        slow = [sent for sent, first in self.waits if first > limit_s]
+        if not slow:
+            return 0.0
+        later = [sent for sent, _ in self.waits if sent > max(slow)]
+        return min(later) if later else math.nan
 
 
 def endless(workload: Workload) -> Iterator[Job]:
