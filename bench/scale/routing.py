@@ -49,27 +49,35 @@ def bounded_affinity(request: Request, fleet: Sequence[Replica], source: random.
     return _order(request.adapter, len(fleet))[0]
 
 
-def scored(request: Request, fleet: Sequence[Replica], source: random.Random) -> int:
-    """The best score of an endpoint picker: LoRA affinity with weight 4, short queues with 1.
+def scored(affinity: float, queue: float, running: float) -> Route:
+    """The best sum of scores, as an endpoint picker of llm-d finds it; the arguments are weights.
 
-    Affinity as of llm-d: 1.0 where the adapter is resident, 0.8 where another one fits, 0.6 where
-    it is being loaded, otherwise 0.
+    Affinity: 1.0 where the adapter is resident, 0.8 where another one fits, 0.6 where it is being
+    loaded, otherwise 0. Queue and running: 1.0 for the replica with the fewest requests that wait,
+    or that are there at all, and 0 for the one with most.
     """
-    longest = max(each.queued for each in fleet) or 1
-    best, found = -1.0, 0
-    for place, each in enumerate(fleet):
-        if source.random() < SAMPLE:
-            continue
-        if request.adapter in each.resident:
-            near = 1.0
-        elif each.room() > 0:
-            near = 0.8
-        else:
-            near = 0.6 if each.is_loading(request.adapter) else 0.0
-        score = 4.0 * near + 1.0 - each.queued / longest + 1e-3 * source.random()
-        if score > best:
-            best, found = score, place
-    return found
+
+    def route(request: Request, fleet: Sequence[Replica], source: random.Random) -> int:
+        longest = max(each.queued for each in fleet) or 1
+        least, most = min(each.load for each in fleet), max(each.load for each in fleet)
+        best, found = -1.0, 0
+        for place, each in enumerate(fleet):
+            if source.random() < SAMPLE:
+                continue
+            if request.adapter in each.resident:
+                near = 1.0
+            elif each.room() > 0:
+                near = 0.8
+            else:
+                near = 0.6 if each.is_loading(request.adapter) else 0.0
+            free = (most - each.load) / (most - least) if most > least else 1.0
+            score = affinity * near + queue * (1.0 - each.queued / longest) + running * free
+            score += 1e-3 * source.random()
+            if score > best:
+                best, found = score, place
+        return found
+
+    return route
 
 
 ROUTES: Final[dict[str, Route]] = {
@@ -77,7 +85,8 @@ ROUTES: Final[dict[str, Route]] = {
     "least loaded of two": least_loaded,
     "affinity": affinity,
     "affinity, bounded load": bounded_affinity,
-    "endpoint picker": scored,
+    "endpoint picker 4, 1, 0": scored(4, 1, 0),
+    "endpoint picker 4, 2, 2": scored(4, 2, 2),
 }
 
 

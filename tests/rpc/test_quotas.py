@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2
 from loraplex.v1 import adapter_pb2
 from loraplex_server.access.principals import PrincipalLimits
 from loraplex_server.engine.messages import Submit
+from loraplex_server.runtime import parts, pressure
 from rpc.harness import (
     NONFINITE,
     Refused,
@@ -297,36 +298,37 @@ async def test_a_full_principal_begins_no_upload(up: Running, who: Acting) -> No
 
 
 async def test_short_of_memory_new_calls_are_refused_and_running_ones_end_well(
-    up: Running,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pressure = up.server._pressure
     limit = 1000 << 20
-    pressure._limit, pressure._measure = limit, lambda: 0
-    call = up.generation.GenerateStream(streamed(ask(20, 21, new=200)))
-    assert (await call.read()).WhichOneof("event") == "started"
-    pressure._measure = lambda: limit
-    pressure.look(limit)
-    for refused_call in (
-        up.generation.Generate(ask(new=1)),
-        register(up, "a"),
-        up.adapters.StartUpload(adapter_pb2.StartUploadRequest()),
-    ):
-        seen = await refused(refused_call)
-        assert (seen.reason, retry_of(seen)) == ("OVERLOADED", 2.0)
-        assert "memory" in seen.message
-    listed = await up.adapters.ListAdapters(adapter_pb2.ListAdaptersRequest())
-    assert not listed.adapters
-    messages = await rest(call)
-    tokens = [token for message in messages for token in message.delta.token_ids]
-    assert tokens == expected([20, 21], 200)
-    pressure._measure = lambda: 920 << 20
-    pressure.look(920 << 20)
-    assert up.metric("memory_pressure") == 2
-    await up.generation.Generate(ask(new=1))
-    assert (await refused(register(up, "a"))).reason == "OVERLOADED"
-    pressure._measure = lambda: 0
-    pressure.look(0)
-    await register(up, "a")
+    used = [0]
+    monkeypatch.setattr(parts, "used_bytes", lambda: used[0])
+    monkeypatch.setattr(pressure, "LOOK_SECONDS", 0.01)
+    async with running(tmp_path, memory_limit=limit) as up:
+        call = up.generation.GenerateStream(streamed(ask(20, 21, new=200)))
+        assert (await call.read()).WhichOneof("event") == "started"
+        used[0] = limit
+        await until(lambda: up.metric("memory_pressure") == 3)
+        for refused_call in (
+            up.generation.Generate(ask(new=1)),
+            register(up, "a"),
+            up.adapters.StartUpload(adapter_pb2.StartUploadRequest()),
+        ):
+            seen = await refused(refused_call)
+            assert (seen.reason, retry_of(seen)) == ("OVERLOADED", 2.0)
+            assert "memory" in seen.message
+        listed = await up.adapters.ListAdapters(adapter_pb2.ListAdaptersRequest())
+        assert not listed.adapters
+        messages = await rest(call)
+        tokens = [token for message in messages for token in message.delta.token_ids]
+        assert tokens == expected([20, 21], 200)
+        used[0] = 920 << 20
+        await until(lambda: up.metric("memory_pressure") == 2)
+        await up.generation.Generate(ask(new=1))
+        assert (await refused(register(up, "a"))).reason == "OVERLOADED"
+        used[0] = 0
+        await until(lambda: up.metric("memory_pressure") == 0)
+        await register(up, "a")
 
 
 async def test_a_limit_below_what_the_server_takes_refuses_from_the_start(tmp_path: Path) -> None:

@@ -195,6 +195,18 @@ def test_the_limit_is_that_of_the_machine_or_of_the_tightest_control_group(tmp_p
     assert granted_bytes(proc, cgroups) == 100 * MIB
 
 
+def test_control_groups_of_version_1_count_too(tmp_path: Path) -> None:
+    proc, cgroups = fake_system(tmp_path)
+    group = cgroups / "memory/docker/abc"
+    group.mkdir(parents=True)
+    (proc / "self/cgroup").write_text("4:pids:/other\n3:cpu,memory:/docker/abc\n0::/\n")
+    (cgroups / "memory/memory.limit_in_bytes").write_text("9223372036854771712\n")  # no limit
+    (group / "memory.limit_in_bytes").write_text(f"{300 * MIB}\n")
+    assert granted_bytes(proc, cgroups) == 300 * MIB
+    (cgroups / "memory/memory.limit_in_bytes").write_text(f"{100 * MIB}\n")  # as in a container
+    assert granted_bytes(proc, cgroups) == 100 * MIB
+
+
 def test_a_group_with_more_than_the_machine_does_not_raise_the_limit(tmp_path: Path) -> None:
     proc, cgroups = fake_system(tmp_path)
     (cgroups / "memory.max").write_text(f"{1 << 50}\n")

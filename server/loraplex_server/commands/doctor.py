@@ -25,6 +25,7 @@ from loraplex_server.config import Config, available_cores
 from loraplex_server.engine.runner.config import CPU_KV_BYTES
 from loraplex_server.registry.census import troubles
 from loraplex_server.runtime.failures import for_operator
+from loraplex_server.runtime.process_memory import meminfo_bytes
 
 _SHOWN: Final = 5
 
@@ -268,8 +269,7 @@ def _memory() -> str:
 
 def _memory_bytes() -> int:
     """Memory of the machine in bytes; 0 if unknown."""
-    kilobytes = _read_field("/proc/meminfo", "MemTotal").removesuffix(" kB")
-    return int(kilobytes) * 1000 if kilobytes else 0
+    return meminfo_bytes("MemTotal")
 
 
 def _read_field(path: str, name: str) -> str:

@@ -70,20 +70,28 @@ def _of_process(proc: Path, pid: int) -> int:
 
 
 def _control_groups(proc: Path, cgroups: Path) -> list[int]:
-    """The limits of the control groups (version 2) that this process is in, from the root on.
+    """The limits of the control groups that this process is in, from the root on.
 
-    In a container the path may be that of the host, of which only the root is visible.
+    In a container the path may be that of the host, of which only the root is visible. Version 1
+    has a folder and files of its own for memory; its number for "no limit" is larger than any
+    machine's memory.
     """
-    places = [cgroups]
+    places = [(cgroups, "memory.max"), (cgroups / "memory", "memory.limit_in_bytes")]
     with suppress(OSError):
         for line in (proc / "self/cgroup").read_text().splitlines():
-            if line.startswith("0::/"):
-                path = PurePosixPath(line.removeprefix("0::/"))
-                places += [cgroups / parent for parent in (path, *path.parents)]
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                root, file = places[0]
+            elif "memory" in controllers.split(","):
+                root, file = places[1]
+            else:
+                continue
+            inside = PurePosixPath(path.lstrip("/"))
+            places += [(root / parent, file) for parent in (inside, *inside.parents)]
     limits = []
-    for place in places:
+    for place, file in places:
         with suppress(OSError, ValueError):  # "max" is no number
-            limits.append(int((place / "memory.max").read_text()))
+            limits.append(int((place / file).read_text()))
     return limits
 
 

@@ -6,7 +6,8 @@ The cost ahead of a request is what its account has waiting before it, and what 
 have waiting until their counters reach the one that its account will have then: see `FairQueue`.
 That of a principal with several accounts is found in the same way twice: among them, and then among
 principals.
-The wait is at least what the account's own queue takes at the pace at which it has been served.
+The wait is at least what the account's own queue takes at the pace at which it has been served,
+unless that is more than a few times what takes to compute all that waits.
 Nothing is refused while there is nothing to wait for, or before rates are known. So an idle server
 never refuses, however short a deadline is.
 """
@@ -30,9 +31,13 @@ if TYPE_CHECKING:
 MARGIN = 1.15
 """Time that a request must have when it is accepted, over that which it takes at measured rates."""
 
-WAIT_MARGIN = 1.6
+WAIT_MARGIN = 2.2
 """The same for its wait, which depends on others and is known less well. A queue that is shorter
 for that is not empty, so it costs no throughput."""
+
+MOST_BACKLOGS = 2.0
+"""The longest wait that a pace is believed to mean, in times that all that waits now takes. A pace
+is measured over a few seconds, in which an account may have had bad luck."""
 
 LATE_MARGIN = 1.05
 """The same when it has waited. It is smaller, so that few are accepted and then not computed."""
@@ -125,10 +130,15 @@ class Forecast:
         if top.parts is not None:
             ahead = self._before(own, top.parts.waiting, ahead)
         ahead = self._before(top, self._queue.waiting, ahead)
-        wait = ahead.cost / rates.work_rate if rates.work_rate else 0.0
+        if not rates.work_rate:
+            return 0.0
+        wait = ahead.cost / rates.work_rate
         if ahead.count <= places and rates.prompt_rate:
             wait = min(wait, ahead.prompts / rates.prompt_rate)
-        return max(wait, by_pace)
+        if by_pace > wait:
+            everything = self._load(list(self._queue)).cost / rates.work_rate
+            wait = max(wait, min(by_pace, MOST_BACKLOGS * everything))
+        return wait
 
     def _load(self, requests: Collection[Request]) -> _Backlog:
         """The load of waiting requests."""
