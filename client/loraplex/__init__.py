@@ -38,6 +38,14 @@ from loraplex.errors import (
     UploadNotFound,
     UploadOutOfStep,
 )
+from loraplex.model.values import (
+    ChatTemplateInfo,
+    DetokenizedText,
+    ModelDescription,
+    NamedToken,
+    RenderedChat,
+    TokenizedText,
+)
 from loraplex.requests import ConversationOptions, GenerateOptions, Message
 from loraplex.results import (
     AdapterEvent,
@@ -47,7 +55,7 @@ from loraplex.results import (
     AdapterState,
     AdapterTable,
     AdapterTier,
-    ChatTemplateInfo,
+    Alternative,
     Completion,
     Delta,
     Finding,
@@ -55,10 +63,7 @@ from loraplex.results import (
     FinishReason,
     HealthStatus,
     MatchedStop,
-    ModelDescription,
-    NamedToken,
     Registration,
-    RenderedChat,
     ResolvedAdapter,
     Started,
     TokenLogprob,
@@ -95,6 +100,7 @@ __all__ = [
     "AdapterTable",
     "AdapterTier",
     "AdapterUnloaded",
+    "Alternative",
     "AsyncClient",
     "AsyncEngineWatch",
     "AsyncJobWatch",
@@ -108,6 +114,7 @@ __all__ = [
     "ConversationOptions",
     "DeadlineExceeded",
     "Delta",
+    "DetokenizedText",
     "Embedding",
     "Embeddings",
     "EngineState",
@@ -145,6 +152,7 @@ __all__ = [
     "Stream",
     "TokenLogprob",
     "TokenLogprobs",
+    "TokenizedText",
     "Training",
     "TrainingJob",
     "TrainingOptions",
