@@ -99,6 +99,8 @@ def calls(client: Any, folder: Path) -> Iterator[tuple[str, Any]]:
                 needed.append(b'{"text": "x"}')
             elif name in ("generate", "stream", "validate_adapter"):
                 needed.append("x")
+            elif name == "embed":
+                needed.append(["x"])
             yield name, (method, needed)
 
 

@@ -13,7 +13,7 @@ from loraplex.cli.options import option
 from loraplex.cli.session import Session
 from loraplex.cli.terminal import recovered
 from loraplex.requests import GenerateOptions, Message
-from loraplex.results import Completion
+from loraplex.results import Alternative, Completion
 
 _COMPLETION: Mapping[str, Any] = {
     **options.CHAT,
@@ -113,8 +113,9 @@ def generate(
 
 
 def _write(completion: Completion) -> None:
-    if completion.alternatives:
-        for number, each in enumerate((completion, *completion.alternatives), 1):
+    parts: list[Completion | Alternative] = [completion, *completion.alternatives]
+    if len(parts) > 1:
+        for number, each in enumerate(parts, 1):
             output.write_text(f"[{number}]\n{each.text}\n")
     else:
         output.write_text(completion.text + "\n")
