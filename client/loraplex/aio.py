@@ -40,7 +40,6 @@ class AsyncClient(Calls):
     def _use(self, connection: AsyncConnection) -> None:
         super().__init__(connection)
         self._own = connection
-        self._close = connection.close
         self.training = AsyncTraining(connection)
 
     def for_caller(self, key: str, metadata: channel.Metadata = ()) -> AsyncClient:
@@ -53,7 +52,6 @@ class AsyncClient(Calls):
         """
         other = object.__new__(AsyncClient)
         other._use(self._own.for_caller(key, metadata))
-        other._close = _nothing
         return other
 
     def stream(
@@ -86,17 +84,13 @@ class AsyncClient(Calls):
 
     async def close(self) -> None:
         """Closes the connection; running calls are cancelled."""
-        await self._close()
+        await self._own.close()
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-
-async def _nothing() -> None:
-    """The connection of another client is not closed."""
 
 
 class AsyncTraining(JobCalls):

@@ -66,11 +66,26 @@ class Client:
         metadata: Sequence[tuple[str, str | bytes]] = (),
         **access: Unpack[AccessOptions],
     ) -> None:
-        self._connection = BlockingConnection(
-            target, timeout, wait_for_ready, credentials, metadata, access
+        self._use(
+            BlockingConnection(target, timeout, wait_for_ready, credentials, metadata, access)
         )
-        self._calls = Calls(self._connection)
-        self.training = Training(self._connection)
+
+    def _use(self, connection: BlockingConnection) -> None:
+        self._connection = connection
+        self._calls = Calls(connection)
+        self.training = Training(connection)
+
+    def for_caller(self, key: str, metadata: channel.Metadata = ()) -> Client:
+        """Returns a client whose calls carry the key of somebody else, over this connection.
+
+        For programs that stand between callers and a server. `key` is a key or a signed token, ""
+        for none; this client's own is not sent. `metadata` is sent in addition to this client's.
+        The connection is closed by this client alone. Raises InvalidRequest if a key would leave
+        this machine unencrypted.
+        """
+        other = object.__new__(Client)
+        other._use(self._connection.for_caller(key, metadata))
+        return other
 
     generate = blocking(Calls.generate)
     embed = blocking(embedding.embed)

@@ -87,7 +87,7 @@ def calls(client: Any, folder: Path) -> Iterator[tuple[str, Any]]:
     given = {"folder": folder, "messages": [{"role": "user", "content": "x"}]}
     for owner in (client, client.training):
         for name, method in inspect.getmembers(owner, inspect.ismethod):
-            if name.startswith("_") or name in ("close", "health"):
+            if name.startswith("_") or name in ("close", "for_caller", "health"):
                 continue
             needed = [
                 given.get(parameter.name, "x")
@@ -99,6 +99,8 @@ def calls(client: Any, folder: Path) -> Iterator[tuple[str, Any]]:
                 needed.append(b'{"text": "x"}')
             elif name in ("generate", "stream", "validate_adapter"):
                 needed.append("x")
+            elif name == "embed":
+                needed.append(["x"])
             yield name, (method, needed)
 
 
