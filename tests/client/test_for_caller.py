@@ -21,7 +21,7 @@ def test_each_caller_has_its_own_key_and_one_connection_serves_all(server: FakeS
         assert [call.metadata.get("x-more") for call in server.calls] == [None, "b", None]
         one.close()
         client.get_model()  # closing a caller's client leaves the connection open
-        other.training.list()
+        other.get_model()
         assert keys(server)[-1] is None
 
 
