@@ -52,6 +52,7 @@ from loraplex_server.rpc.services.live.engine import EngineService
 from loraplex_server.rpc.services.model import ModelService
 from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.training import TrainingService
+from loraplex_server.rpc.services.upload_room import UploadRoom
 from loraplex_server.rpc.transport import server_tls
 from loraplex_server.runtime import parts, service_manager
 from loraplex_server.runtime.admin import MetricsServer
@@ -205,7 +206,7 @@ class Server:
         await self._rpc.start(
             generation,
             AdapterService(registry, self._gate),
-            TrainingService(self._training, self._gate),
+            TrainingService(self._training, self._gate, UploadRoom(registry)),
             ModelService(model, registry, prompts, admission, bounds, template_source),
             EngineService(self.engine, registry.feed, generation.in_flight, self._gate),
         )
@@ -281,6 +282,7 @@ class Server:
         if not self._config.training:
             return None
         queue = job_queue(self._config, registry, self.metrics, self._principals)
+        registry.data_bytes = queue.data_bytes
         with needed(ServerExit.STORE_UNUSABLE, "cannot use"):
             await queue.open()
         stop = partial(self._stop_training, STOP_GRACE)

@@ -215,7 +215,11 @@ class ServerSettings(BaseSettings):
     training_timeout: float = Field(86_400.0, ge=0, le=31_536_000)
     """Seconds that a training job may run; 0 sets no limit."""
     training_data: ByteSize = ByteSize(256 << 20)
-    """Largest data file that is accepted from below the import root."""
+    """Largest data file that is accepted, uploaded or from below the import root."""
+    training_files: int = Field(1000, ge=0)
+    """Most uploaded data files that are kept; further ones are refused."""
+    training_files_size: ByteSize = ByteSize(8 << 30)
+    """Most bytes of all uploaded data files together; further ones are refused."""
 
     log_format: Literal["text", "json"] = "text"
     """Format of log lines: `text` for people, `json` for programs."""
