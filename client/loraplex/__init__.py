@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from loraplex.access.options import AccessOptions
 from loraplex.aio import AsyncClient, AsyncTraining
-from loraplex.aio_streams import AsyncJobWatch, AsyncStream, AsyncWatch
+from loraplex.aio_streams import AsyncDataReading, AsyncJobWatch, AsyncStream, AsyncWatch
 from loraplex.client import Client, Training
 from loraplex.errors import (
     AdapterConflict,
@@ -20,6 +20,8 @@ from loraplex.errors import (
     AdapterRejected,
     AdapterUnloaded,
     Cancelled,
+    DataConflict,
+    DataNotFound,
     DeadlineExceeded,
     FailedPrecondition,
     FieldViolation,
@@ -38,6 +40,8 @@ from loraplex.errors import (
     UploadNotFound,
     UploadOutOfStep,
 )
+from loraplex.jobs.data import DataFile
+from loraplex.jobs.events import JobEvent, TrainingSample, TrainingSamples
 from loraplex.requests import ConversationOptions, GenerateOptions, Message
 from loraplex.results import (
     AdapterEvent,
@@ -68,12 +72,15 @@ from loraplex.results import (
     Usage,
     Validation,
 )
-from loraplex.streams import JobWatch, Stream, Watch
+from loraplex.streams import DataReading, JobWatch, Stream, Watch
 from loraplex.training import (
+    Checkpoint,
     Evaluation,
+    JobDelivery,
     JobError,
     JobProgress,
     JobResult,
+    JobSettings,
     JobState,
     TrainingJob,
     TrainingOptions,
@@ -96,6 +103,7 @@ __all__ = [
     "AdapterTier",
     "AdapterUnloaded",
     "AsyncClient",
+    "AsyncDataReading",
     "AsyncEngineWatch",
     "AsyncJobWatch",
     "AsyncStream",
@@ -103,9 +111,14 @@ __all__ = [
     "AsyncWatch",
     "Cancelled",
     "ChatTemplateInfo",
+    "Checkpoint",
     "Client",
     "Completion",
     "ConversationOptions",
+    "DataConflict",
+    "DataFile",
+    "DataNotFound",
+    "DataReading",
     "DeadlineExceeded",
     "Delta",
     "Embedding",
@@ -122,10 +135,13 @@ __all__ = [
     "HealthStatus",
     "InvalidRequest",
     "JobConflict",
+    "JobDelivery",
     "JobError",
+    "JobEvent",
     "JobNotFound",
     "JobProgress",
     "JobResult",
+    "JobSettings",
     "JobState",
     "JobWatch",
     "LoraplexError",
@@ -148,6 +164,8 @@ __all__ = [
     "Training",
     "TrainingJob",
     "TrainingOptions",
+    "TrainingSample",
+    "TrainingSamples",
     "Unauthenticated",
     "Unavailable",
     "Unsupported",

@@ -63,7 +63,10 @@ class Destination(Protocol):
     async def keep(
         self, folder: Path, order: JobOrder, owner: JobOwner, step: int, again: bool
     ) -> Record:
-        """Registers the adapter as it is after `step`; `again`, if that was done. Raises Refusal."""
+        """Registers the adapter as it is after `step`. Raises Refusal.
+
+        `again` says that the job has registered that step before.
+        """
 
     async def drop(self, checkpoint: CheckpointRecord, owner: JobOwner) -> None:
         """Deletes an adapter that `keep` registered. Raises Refusal."""

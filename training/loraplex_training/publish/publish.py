@@ -80,8 +80,8 @@ def publish(job: Job, run: Run, target: Target, alias: str = "") -> Published:
         )
     version = sample = ""
     if target.store is not None:
-        described = base.info.named(known_as(run.base.name))
-        version = register(folder, name, described, target, alias)
+        public = base.info.named(known_as(run.base.name))
+        version = register(folder, name, public, target, alias)
     if target.server:
         asked = (*data.evaluation, *data.train)[0]
         prompt = asked.tokens[: asked.prompt]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -26,6 +27,9 @@ from loraplex_server.training.queue import JobQueue
 
 DEFAULT_PAGE: Final = 100
 DEFAULT_EVENTS: Final = 1000
+
+_DISCARDED_BYTES: Final = 64 << 20
+_DISCARD_SECONDS: Final = 5.0
 
 _DRAINING: Final = "the server is shutting down; send the file again when it is back"
 _SILENCE: Final = f"nothing arrived for {SILENCE_SECONDS:g} s; send the file again"
@@ -133,7 +137,11 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
                     labels=dict(given.labels),
                 )
                 allowed = partial(self._require_allowed, principal)
-                record = await queue.data.receive(upload, _chunks(requests), allowed)
+                try:
+                    record = await queue.data.receive(upload, _chunks(requests), allowed)
+                except Refusal:
+                    await _discard(requests)
+                    raise
         return training_pb2.UploadDataResponse(file=describe.file(record))
 
     async def GetData(
@@ -201,6 +209,20 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
 
     def _describe(self, job: JobRecord) -> training_pb2.TrainingJob:
         return describe.job(job, self._queue.position(job) if self._queue else 0)
+
+
+async def _discard(requests: AsyncIterator[training_pb2.UploadDataRequest]) -> None:
+    """Reads what a client still sends of a refused upload, within bounds.
+
+    A client of grpc.aio whose call ends while it writes gets an error of its own, not the refusal.
+    """
+    left = _DISCARDED_BYTES
+    with suppress(TimeoutError, Refusal):
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            async for request in requests:
+                left -= len(request.chunk)
+                if left < 0:
+                    return
 
 
 async def _chunks(

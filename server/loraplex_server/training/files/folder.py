@@ -94,14 +94,15 @@ class DataFolder:
     @contextmanager
     def opened(self, record: DataRecord) -> Iterator[IO[bytes]]:
         """Opens a file's bytes. Raises Refusal: DATA_NOT_FOUND, DATA_CORRUPT."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            file = open(self._root / record.id / _BYTES, "rb", opener=_no_link)
+            descriptor = os.open(self._root / record.id / _BYTES, flags)
         except FileNotFoundError:
             raise not_found(record.id) from None
         except OSError as error:
             log.error("data file %s cannot be opened: %s", record.id, error)
             raise corrupt(record) from error
-        with file:
+        with os.fdopen(descriptor, "rb") as file:
             yield file
 
     def copy(self, record: DataRecord, target: Path) -> None:
@@ -159,7 +160,3 @@ def corrupt(record: DataRecord) -> Refusal:
     """The refusal for a file whose bytes are not those that were uploaded."""
     text = "the file of examples was damaged on the server's disk; upload it again"
     return Refusal(Reason.DATA_CORRUPT, text, subject=Subject(DATA_FILE, record.id))
-
-
-def _no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
