@@ -19,6 +19,8 @@ from starlette.routing import BaseRoute
 from loraplex_gateway import errors, health
 from loraplex_gateway.context import Context
 from loraplex_gateway.errors import ApiError
+from loraplex_gateway.files import routes as files
+from loraplex_gateway.finetuning import routes as finetuning
 from loraplex_gateway.models import routes as models
 from loraplex_gateway.settings import Settings
 
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 PARTS: Final[tuple[Callable[[Context], list[BaseRoute]], ...]] = (
     health.routes,
     models.routes,
+    files.routes,
+    finetuning.routes,
 )
 """The parts of the interface. Each returns its routes."""
 

@@ -40,7 +40,7 @@ class ApiError(Exception):
         status: int,
         message: str,
         *,
-        type: str = "",  # noqa: A002 - the field's name in the body
+        type: str = "",
         param: str | None = None,
         code: str | None = None,
         retry_after: float | None = None,
@@ -109,6 +109,7 @@ _REASONS: dict[str, tuple[int, str | None, bool | None]] = {
     "CREDENTIALS_MISSING": (401, "invalid_api_key", None),
     "CREDENTIALS_INVALID": (401, "invalid_api_key", None),
     "QUOTA_EXCEEDED": (429, "rate_limit_exceeded", None),
+    "DATA_FULL": (429, "data_full", False),
     "ADAPTER_CONFLICT": (409, "adapter_conflict", False),
     "ADAPTER_UNLOADED": (409, "adapter_unloaded", None),
     "NON_FINITE_LOGITS": (500, "non_finite_logits", False),
