@@ -41,7 +41,8 @@ def routes(context: Context) -> list[BaseRoute]:
         order = await bodies.read(request, FineTuningOrder, limit, _IGNORED)
         order.require_supported()
         client = context.client_for(request)
-        if await context.ids.adapter(client, order.model, bearer(request)):
+        if adapter := await context.ids.adapter(client, order.model, bearer(request)):
+            await client.get_adapter(adapter)  # which may not exist
             text = "only the base model can be fine-tuned, not a model that was made of it"
             raise ApiError(400, f"model: {text}", param="model", code="invalid_value")
         base = await context.ids.base_id(client)

@@ -136,10 +136,14 @@ def job(found: JobRecord, position: int) -> training_pb2.TrainingJob:
 
 def event(found: JobEvent) -> training_pb2.JobEvent:
     """Returns the message for an event of a job."""
-    message = training_pb2.JobEvent(number=found.number, time=_time(found.time))
+    message = training_pb2.JobEvent(
+        number=found.number,
+        time=_time(found.time),
+        state=None if found.state is None else f"{_STATE}{found.state.name}",
+    )
     if found.state is not None:
-        message.state = training_pb2.TrainingJobState.Value(f"{_STATE}{found.state.name}")
-    elif found.progress is not None:
+        return message
+    if found.progress is not None:
         message.progress.CopyFrom(_progress(found.progress))
     elif found.evaluation is not None:
         message.evaluation.CopyFrom(_evaluation(found.evaluation))
