@@ -74,8 +74,8 @@ from loraplex.results import (
 )
 from loraplex.streams import DataReading, JobWatch, Stream, Watch
 from loraplex.training import (
-    Checkpoint,
     Evaluation,
+    JobCheckpoint,
     JobDelivery,
     JobError,
     JobProgress,
@@ -111,7 +111,6 @@ __all__ = [
     "AsyncWatch",
     "Cancelled",
     "ChatTemplateInfo",
-    "Checkpoint",
     "Client",
     "Completion",
     "ConversationOptions",
@@ -134,6 +133,7 @@ __all__ = [
     "GenerateOptions",
     "HealthStatus",
     "InvalidRequest",
+    "JobCheckpoint",
     "JobConflict",
     "JobDelivery",
     "JobError",

@@ -94,7 +94,7 @@ class JobError:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class JobCheckpoint:
     """An adapter that was registered after `step`, while its job ran on.
 
     `adapter_id` is its name and version, as in "name@1". `loss` is that of the step in nats.
@@ -159,7 +159,7 @@ class TrainingJob:
     progress: JobProgress | None
     result: JobResult | None
     error: JobError | None
-    checkpoints: tuple[Checkpoint, ...]
+    checkpoints: tuple[JobCheckpoint, ...]
     trained_tokens: int
     settings: JobSettings
     learning_rate: float | None

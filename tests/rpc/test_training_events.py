@@ -14,7 +14,7 @@ from loraplex.v1 import adapter_pb2
 from loraplex.v1 import training_pb2 as pb
 from loraplex_server.access.principals import PrincipalLimits
 from loraplex_server.training.history import file as module
-from loraplex_server.training.history.events import JobEvent, SampleRecord, SamplesRecord
+from loraplex_server.training.history.events import JobEventRecord, SampleRecord, SamplesRecord
 from loraplex_server.training.history.file import EventFile, thinned
 from loraplex_server.training.jobs import EvaluationRecord, ProgressRecord, State
 from rpc.harness import refusal
@@ -124,8 +124,8 @@ async def test_a_restart_continues_the_history_and_repeats_no_step(tmp_path: Pat
         await trains.holding(job, 2)
         # Steps after the checkpoint, which the next trainer repeats; and a line that was cut off.
         history = trains.up.server._training._table.histories.of(job.job_id)
-        await history.add(JobEvent(progress=ProgressRecord(step=3)))
-        await history.add(JobEvent(message="before the restart"))
+        await history.add(JobEventRecord(progress=ProgressRecord(step=3)))
+        await history.add(JobEventRecord(message="before the restart"))
     path = tmp_path / "training" / job.job_id / "events.jsonl"
     with path.open("ab") as file:
         file.write(b'{"number": 99, "mess')
@@ -159,11 +159,11 @@ async def test_a_job_with_many_events_keeps_its_bound(
 
 
 async def test_thinning_drops_steps_first_and_nothing_but_steps_and_evaluations() -> None:
-    every = [JobEvent(number=1, state=State.RUNNING)]
+    every = [JobEventRecord(number=1, state=State.RUNNING)]
     for i in range(1, 50):
-        every.append(JobEvent(number=2 * i, progress=ProgressRecord(step=i)))
-        every.append(JobEvent(number=2 * i + 1, evaluation=EvaluationRecord(i, 1.0, 2.0)))
-    every.append(JobEvent(number=200, message="kept"))
+        every.append(JobEventRecord(number=2 * i, progress=ProgressRecord(step=i)))
+        every.append(JobEventRecord(number=2 * i + 1, evaluation=EvaluationRecord(i, 1.0, 2.0)))
+    every.append(JobEventRecord(number=200, message="kept"))
     few = thinned(iter(every), 60)
     assert sum(event.evaluation is not None for event in few) == 49
     assert {1, 2, 98, 200} <= {event.number for event in few}
@@ -175,14 +175,16 @@ async def test_thinning_drops_steps_first_and_nothing_but_steps_and_evaluations(
 async def test_damaged_lines_are_skipped(tmp_path: Path) -> None:
     file = EventFile(tmp_path)
     file.open()
-    file.append([JobEvent(number=1, message="é\n"), JobEvent(number=2, state=State.QUEUED)])
+    file.append(
+        [JobEventRecord(number=1, message="é\n"), JobEventRecord(number=2, state=State.QUEUED)]
+    )
     path = tmp_path / "events.jsonl"
     path.write_bytes(b"\0\xff\n{}x\n" + path.read_bytes() + b'{"number": 3')
     again = EventFile(tmp_path)
     again.open()
     assert again.last == 2
     samples = SamplesRecord(3, (SampleRecord("p", "a", "e"),))
-    again.append([JobEvent(number=3, samples=samples)])
+    again.append([JobEventRecord(number=3, samples=samples)])
     assert [event.number for event in again.read()] == [1, 2, 3]
 
 

@@ -9,7 +9,7 @@ import pytest
 from loraplex_server.runtime.lanes import Lanes
 from loraplex_server.training.creation import JobFactory
 from loraplex_server.training.files.folder import DataFolder
-from loraplex_server.training.files.record import DataRecord, DataUpload
+from loraplex_server.training.files.record import DataFileRecord, DataUpload
 from loraplex_server.training.files.shelf import DataShelf, ShelfLimits
 from loraplex_server.training.jobs import JobOrder, JobRecord, State
 from loraplex_server.training.records import RECORD, Records
@@ -107,7 +107,7 @@ async def test_a_file_that_was_stored_is_there_whole(tmp_path: Path) -> None:
 
     def check(left: Path, acknowledged: frozenset[str]) -> None:
         folder = DataFolder(left / "var" / "jobs" / "files")
-        found: list[DataRecord] = folder.load()
+        found: list[DataFileRecord] = folder.load()
         if "removed" in acknowledged:
             assert not found
         elif "stored" in acknowledged:

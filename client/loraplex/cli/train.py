@@ -98,17 +98,9 @@ def create(
         "options": options.parse_pairs(set_),
         "labels": options.parse_pairs(label),
     }
-    if on_server and uploaded:
-        raise typer.BadParameter("give either --on-server or --uploaded")
-    is_local = not on_server and not uploaded
     job = session.client.training.create(
         name,
-        Path(data) if is_local else None,
-        server_path=data if on_server else "",
-        data_id=data if uploaded else "",
-        eval_data=Path(eval_data) if eval_data and is_local else None,
-        eval_server_path=eval_data if on_server else "",
-        eval_data_id=eval_data if uploaded else "",
+        **_sources(data, eval_data, on_server, uploaded),
         request_id=request_id,
         timeout=session.timeout,
         **chosen,
@@ -117,6 +109,17 @@ def create(
         _follow(session, job)
     else:
         session.show(job, training_output.write_queued)
+
+
+def _sources(data: str, eval_data: str, on_server: bool, uploaded: bool) -> dict[str, Any]:
+    """Returns the arguments of `create` that say where the examples are."""
+    if on_server and uploaded:
+        raise typer.BadParameter("give either --on-server or --uploaded")
+    if on_server:
+        return {"server_path": data, "eval_server_path": eval_data}
+    if uploaded:
+        return {"data_id": data, "eval_data_id": eval_data}
+    return {"data": Path(data), "eval_data": Path(eval_data) if eval_data else None}
 
 
 @command(app, "get")

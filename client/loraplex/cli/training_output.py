@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from loraplex.cli import output
 from loraplex.jobs.events import JobEvent
-from loraplex.training import Checkpoint, JobProgress, JobState, TrainingJob
+from loraplex.training import JobCheckpoint, JobProgress, JobState, TrainingJob
 
 
 def write_jobs(jobs: Sequence[TrainingJob]) -> None:
@@ -38,7 +38,7 @@ def write_job(job: TrainingJob) -> None:
 def _write_field(name: str, value: object) -> None:
     """Prints a line for a value, or one for each item of a tuple."""
     for item in value if isinstance(value, tuple) else (value,):
-        if isinstance(item, Checkpoint):
+        if isinstance(item, JobCheckpoint):
             print(f"{name}: {item.adapter_id} {item.digest}")
         elif item is not None:
             text = output.plain(item)

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from loraplex.replies import read
 from loraplex.requests import fill
-from loraplex.training import Checkpoint, Evaluation, JobProgress, JobState
+from loraplex.training import Evaluation, JobCheckpoint, JobProgress, JobState
 from loraplex.v1 import training_pb2
 
 
@@ -40,7 +40,7 @@ class JobEvent:
     state: JobState | None
     progress: JobProgress | None
     evaluation: Evaluation | None
-    checkpoint: Checkpoint | None
+    checkpoint: JobCheckpoint | None
     message: str | None
     samples: TrainingSamples | None
 

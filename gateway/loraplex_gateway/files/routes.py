@@ -28,9 +28,25 @@ _PARAMS: Final = {"chunk": "file", "start.filename": "file", "start.labels": "fi
 
 def routes(context: Context) -> list[BaseRoute]:
     """The routes of files."""
+    files = FileRoutes(context)
+    return [
+        Route("/v1/files", files.create, methods=["POST"]),
+        Route("/v1/files", files.listed, methods=["GET"]),
+        Route("/v1/files/{file}", files.one, methods=["GET"]),
+        Route("/v1/files/{file}", files.delete, methods=["DELETE"]),
+        Route("/v1/files/{file}/content", files.content, methods=["GET"]),
+    ]
 
-    async def create(request: Request) -> Response:
-        training = context.client_for(request).training
+
+class FileRoutes:
+    """The handlers of files."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def create(self, request: Request) -> Response:
+        """Stores the file of a form."""
+        training = self._context.client_for(request).training
         form = FileForm(request)
         try:
             await form.open()
@@ -40,7 +56,7 @@ def routes(context: Context) -> list[BaseRoute]:
                 _checked(form),
                 filename=form.filename,
                 request_id=request.headers.get("idempotency-key", ""),
-                timeout=context.settings.request_seconds,
+                timeout=self._context.settings.request_seconds,
             )
         except ApiError:
             await form.discard()
@@ -50,12 +66,13 @@ def routes(context: Context) -> list[BaseRoute]:
             raise errors.of(error, _PARAMS) from None
         return JSONResponse(file_object(stored))
 
-    async def listed(request: Request) -> Response:
+    async def listed(self, request: Request) -> Response:
+        """Lists a page of files."""
         query = request.query_params
         limit, order = limit_of(request, MOST_LISTED, MOST_LISTED), query.get("order", "desc")
         if order not in ("asc", "desc"):
             raise ApiError(400, "order: must be asc or desc", param="order", code="invalid_value")
-        found = await context.client_for(request).training.list_data()
+        found = await self._context.client_for(request).training.list_data()
         if query.get("purpose", PURPOSE) != PURPOSE:
             found = []
         if order == "asc":
@@ -66,17 +83,19 @@ def routes(context: Context) -> list[BaseRoute]:
             found = [f for f in found if f.data_id != after]
         return JSONResponse(page_of([file_object(file) for file in found], limit))
 
-    async def one(request: Request) -> Response:
+    async def one(self, request: Request) -> Response:
+        """Describes a file."""
         file = request.path_params["file"]
-        training = context.client_for(request).training
+        training = self._context.client_for(request).training
         try:
             return JSONResponse(file_object(await training.get_data(data_id(file))))
         except DataNotFound:
             raise no_file(file) from None
 
-    async def content(request: Request) -> Response:
+    async def content(self, request: Request) -> Response:
+        """Sends a file's bytes."""
         file = request.path_params["file"]
-        training = context.client_for(request).training
+        training = self._context.client_for(request).training
         try:
             described = await training.get_data(data_id(file))
             pieces = training.read_data(described.data_id)
@@ -91,22 +110,15 @@ def routes(context: Context) -> list[BaseRoute]:
         body = _pieces(first, pieces)
         return StreamingResponse(body, headers=headers, media_type="application/octet-stream")
 
-    async def delete(request: Request) -> Response:
+    async def delete(self, request: Request) -> Response:
+        """Deletes a file."""
         file = request.path_params["file"]
-        training = context.client_for(request).training
+        training = self._context.client_for(request).training
         try:
             await training.delete_data(data_id(file))
         except DataNotFound:
             raise no_file(file) from None
         return JSONResponse({"id": file, "object": "file", "deleted": True})
-
-    return [
-        Route("/v1/files", create, methods=["POST"]),
-        Route("/v1/files", listed, methods=["GET"]),
-        Route("/v1/files/{file}", one, methods=["GET"]),
-        Route("/v1/files/{file}", delete, methods=["DELETE"]),
-        Route("/v1/files/{file}/content", content, methods=["GET"]),
-    ]
 
 
 async def _checked(form: FileForm) -> AsyncIterator[bytes]:

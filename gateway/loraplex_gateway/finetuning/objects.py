@@ -7,7 +7,7 @@ import time
 from datetime import datetime
 from typing import Any
 
-from loraplex import Checkpoint, JobEvent, JobState, TrainingJob
+from loraplex import JobCheckpoint, JobEvent, JobState, TrainingJob
 
 from loraplex_gateway.finetuning.labels import JobLabels
 from loraplex_gateway.finetuning.names import checkpoint_model_id, job_id
@@ -77,7 +77,7 @@ def event_object(job: str, event: JobEvent) -> dict[str, Any]:
     }
 
 
-def checkpoint_object(job: TrainingJob, checkpoint: Checkpoint) -> dict[str, Any]:
+def checkpoint_object(job: TrainingJob, checkpoint: JobCheckpoint) -> dict[str, Any]:
     """The description of a checkpoint."""
     model = JobLabels.read(job.delivery.labels).model
     name = checkpoint_model_id(model, checkpoint.step) if model else checkpoint.adapter_id

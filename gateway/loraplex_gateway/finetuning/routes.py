@@ -35,23 +35,43 @@ _IGNORED: Final = bodies.HARMLESS - {"metadata"}
 
 def routes(context: Context) -> list[BaseRoute]:
     """The routes of fine-tuning."""
+    jobs = FineTuningRoutes(context)
+    return [
+        Route(JOBS, jobs.create, methods=["POST"]),
+        Route(JOBS, jobs.listed, methods=["GET"]),
+        Route(f"{JOBS}/{{job}}", jobs.one, methods=["GET"]),
+        Route(f"{JOBS}/{{job}}/cancel", jobs.cancel, methods=["POST"]),
+        Route(f"{JOBS}/{{job}}/pause", jobs.unsupported, methods=["POST"]),
+        Route(f"{JOBS}/{{job}}/resume", jobs.unsupported, methods=["POST"]),
+        Route(f"{JOBS}/{{job}}/events", jobs.events, methods=["GET"]),
+        Route(f"{JOBS}/{{job}}/checkpoints", jobs.checkpoints, methods=["GET"]),
+    ]
 
-    async def create(request: Request) -> Response:
-        limit = context.settings.max_body_bytes
+
+class FineTuningRoutes:
+    """The handlers of fine-tuning."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def create(self, request: Request) -> Response:
+        """Checks and queues a job."""
+        limit = self._context.settings.max_body_bytes
         order = await bodies.read(request, FineTuningOrder, limit, _IGNORED)
         order.require_supported()
-        client = context.client_for(request)
-        if adapter := await context.ids.adapter(client, order.model, bearer(request)):
+        client = self._context.client_for(request)
+        if adapter := await self._context.ids.adapter(client, order.model, bearer(request)):
             await client.get_adapter(adapter)  # which may not exist
             text = "only the base model can be fine-tuned, not a model that was made of it"
             raise ApiError(400, f"model: {text}", param="model", code="invalid_value")
-        base = await context.ids.base_id(client)
+        base = await self._context.ids.base_id(client)
         job = await _create(client, order, base, request.headers.get("idempotency-key", ""))
         return JSONResponse(job_object(job, base))
 
-    async def listed(request: Request) -> Response:
+    async def listed(self, request: Request) -> Response:
+        """Lists a page of jobs."""
         limit, query = limit_of(request, 20, _MOST), request.query_params
-        client = context.client_for(request)
+        client = self._context.client_for(request)
         found = await client.training.list()
         if "after" in query:
             after = server_job_id(query["after"], "after")
@@ -60,31 +80,35 @@ def routes(context: Context) -> list[BaseRoute]:
             if key.startswith("metadata[") and key.endswith("]"):
                 label = key[len("metadata[") : -1]
                 found = [job for job in found if job.delivery.labels.get(label) == text]
-        base = await context.ids.base_id(client)
+        base = await self._context.ids.base_id(client)
         return JSONResponse(page_of([job_object(job, base) for job in found[: limit + 1]], limit))
 
-    async def one(request: Request) -> Response:
-        client = context.client_for(request)
+    async def one(self, request: Request) -> Response:
+        """Describes a job."""
+        client = self._context.client_for(request)
         job = await _found(client, request)
-        return JSONResponse(job_object(job, await context.ids.base_id(client)))
+        return JSONResponse(job_object(job, await self._context.ids.base_id(client)))
 
-    async def cancel(request: Request) -> Response:
-        client, job = context.client_for(request), request.path_params["job"]
+    async def cancel(self, request: Request) -> Response:
+        """Cancels a job and waits for its end."""
+        client, job = self._context.client_for(request), request.path_params["job"]
         try:
             done = await client.training.cancel(server_job_id(job))
         except JobNotFound:
             raise no_job(job) from None
-        return JSONResponse(job_object(done, await context.ids.base_id(client)))
+        return JSONResponse(job_object(done, await self._context.ids.base_id(client)))
 
-    async def unsupported(request: Request) -> Response:
+    async def unsupported(self, request: Request) -> Response:
+        """Refuses to pause or resume a job."""
         what = request.url.path.rpartition("/")[2]
         text = f"{what}: jobs cannot be paused here; one that is cancelled keeps its checkpoints"
         raise ApiError(400, text, code="unsupported_operation")
 
-    async def events(request: Request) -> Response:
+    async def events(self, request: Request) -> Response:
+        """Lists a page of events."""
         limit, query = limit_of(request, 20, _MOST), request.query_params
         after = event_number(query["after"]) if "after" in query else 0
-        client, job = context.client_for(request), request.path_params["job"]
+        client, job = self._context.client_for(request), request.path_params["job"]
         known = server_job_id(job)
         try:
             found = await client.training.events(
@@ -94,9 +118,10 @@ def routes(context: Context) -> list[BaseRoute]:
             raise no_job(job) from None
         return JSONResponse(page_of([event_object(known, event) for event in found], limit))
 
-    async def checkpoints(request: Request) -> Response:
+    async def checkpoints(self, request: Request) -> Response:
+        """Lists a page of checkpoints."""
         limit = limit_of(request, 10, _MOST)
-        job = await _found(context.client_for(request), request)
+        job = await _found(self._context.client_for(request), request)
         found = [checkpoint_object(job, each) for each in reversed(job.checkpoints)]
         ids = [each["id"] for each in found]
         after = request.query_params.get("after")
@@ -106,17 +131,6 @@ def routes(context: Context) -> list[BaseRoute]:
                 raise ApiError(404, text, param="after", code="checkpoint_not_found")
             found = found[ids.index(after) + 1 :]
         return JSONResponse(page_of(found, limit))
-
-    return [
-        Route(JOBS, create, methods=["POST"]),
-        Route(JOBS, listed, methods=["GET"]),
-        Route(f"{JOBS}/{{job}}", one, methods=["GET"]),
-        Route(f"{JOBS}/{{job}}/cancel", cancel, methods=["POST"]),
-        Route(f"{JOBS}/{{job}}/pause", unsupported, methods=["POST"]),
-        Route(f"{JOBS}/{{job}}/resume", unsupported, methods=["POST"]),
-        Route(f"{JOBS}/{{job}}/events", events, methods=["GET"]),
-        Route(f"{JOBS}/{{job}}/checkpoints", checkpoints, methods=["GET"]),
-    ]
 
 
 async def _create(

@@ -15,7 +15,7 @@ from loraplex_model.base.refusal import Problem, Reason, Refusal
 
 from loraplex_server.access.rules import import_folder
 from loraplex_server.training import data
-from loraplex_server.training.files.record import DataRecord
+from loraplex_server.training.files.record import DataFileRecord
 from loraplex_server.training.files.shelf import DataShelf
 from loraplex_server.training.jobs import JobRecord
 from loraplex_server.training.records import Records, next_id
@@ -73,7 +73,7 @@ class JobFactory:
                 raise data.from_os_error(error) from error
             raise
 
-    def _uploaded(self, request: JobRequest) -> Mapping[str, DataRecord]:
+    def _uploaded(self, request: JobRequest) -> Mapping[str, DataFileRecord]:
         """The uploaded files that a request names, by its fields. Raises Refusal(FIELD_INVALID)."""
         found = {}
         for field, source in (("data", request.data), ("eval_data", request.eval_data)):
@@ -82,7 +82,9 @@ class JobFactory:
                     found[field] = self.shelf.get(source.data_id, request.principal.owner)
         return found
 
-    def _write(self, request: JobRequest, folder: Path, uploaded: Mapping[str, DataRecord]) -> None:
+    def _write(
+        self, request: JobRequest, folder: Path, uploaded: Mapping[str, DataFileRecord]
+    ) -> None:
         """Writes the job's configuration and the copies of its examples. Blocks."""
         evaluated = request.eval_data is not None
         configuration = self.trainer.configuration(request.order, folder, evaluated)

@@ -21,7 +21,7 @@ from loraplex_server.runtime.watched import WatchedTask
 from loraplex_server.training.creation import JobFactory
 from loraplex_server.training.files.folder import DataFolder
 from loraplex_server.training.files.shelf import DataShelf, ShelfLimits
-from loraplex_server.training.history.events import JobEvent
+from loraplex_server.training.history.events import JobEventRecord
 from loraplex_server.training.jobs import ADAPTER, JOB, FailureRecord, JobRecord, State
 from loraplex_server.training.records import Records
 from loraplex_server.training.request import JobRequest
@@ -164,7 +164,7 @@ class JobQueue:
 
     async def events(
         self, job_id: str, owner: str | None, size: int, after: int, newest_first: bool
-    ) -> tuple[Sequence[JobEvent], int]:
+    ) -> tuple[Sequence[JobEventRecord], int]:
         """Returns a page of a job's events; see `JobHistories.page`. Raises Refusal as `get`."""
         job = self.get(job_id, owner)
         return await self._table.histories.page(job.id, size, after, newest_first)

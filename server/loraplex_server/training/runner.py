@@ -19,7 +19,7 @@ from loraplex_training.report.lines import decode
 from loraplex_server.access.principals import Principal
 from loraplex_server.training import failure
 from loraplex_server.training.child import Child
-from loraplex_server.training.history.events import JobEvent
+from loraplex_server.training.history.events import JobEventRecord
 from loraplex_server.training.history.history import JobHistory
 from loraplex_server.training.history.recording import TrainerNotes
 from loraplex_server.training.jobs import (
@@ -222,7 +222,7 @@ class Runner:
             record = await self._destination.keep(folder, order, owner, event.step, again)
         except Refusal as refusal:
             text = f"the adapter of step {event.step} was not registered: {refusal.message}"
-            await self._history.add(JobEvent(message=text))
+            await self._history.add(JobEventRecord(message=text))
             return
         checkpoint = CheckpointRecord(
             step=event.step,
@@ -237,7 +237,7 @@ class Runner:
         found.sort(key=lambda each: each.step)
         kept = tuple(found[-MAX_CHECKPOINTS:])
         await self._change(self.job.change(checkpoints=kept), keep=True)
-        await self._history.add(JobEvent(checkpoint=checkpoint))
+        await self._history.add(JobEventRecord(checkpoint=checkpoint))
         for old in found[:-MAX_CHECKPOINTS]:
             try:
                 await self._destination.drop(old, owner)

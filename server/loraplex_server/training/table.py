@@ -13,7 +13,7 @@ from typing import Final
 from loraplex_model.base.refusal import Reason, Refusal, Subject
 
 from loraplex_server.runtime.lanes import Lane
-from loraplex_server.training.history.events import JobEvent
+from loraplex_server.training.history.events import JobEventRecord
 from loraplex_server.training.history.history import JobHistories
 from loraplex_server.training.jobs import JOB, JobRecord, State
 from loraplex_server.training.records import Records
@@ -145,11 +145,11 @@ class JobTable:
                 log.error("training job %s cannot be removed from the disk: %s", job.id, error)
 
 
-def _entered(job: JobRecord) -> list[JobEvent]:
+def _entered(job: JobRecord) -> list[JobEventRecord]:
     """The events of a job that has entered its state."""
     texts = []
     if job.error is not None:
         texts.append(f"{job.error.reason}: {job.error.message}")
     if job.result is not None and job.result.warning:
         texts.append(job.result.warning)
-    return [*(JobEvent(message=text) for text in texts), JobEvent(state=job.state)]
+    return [*(JobEventRecord(message=text) for text in texts), JobEventRecord(state=job.state)]

@@ -14,8 +14,8 @@ from loraplex_model.base.refusal import Problem, Reason
 
 from loraplex_server.access.principals import Principal
 from loraplex_server.access.rules import labels_of_new, require_name
-from loraplex_server.training.files.record import DataRecord
-from loraplex_server.training.history.events import JobEvent
+from loraplex_server.training.files.record import DataFileRecord
+from loraplex_server.training.history.events import JobEventRecord
 from loraplex_server.training.jobs import (
     CheckpointRecord,
     EvaluationRecord,
@@ -134,7 +134,7 @@ def job(found: JobRecord, position: int) -> training_pb2.TrainingJob:
     )
 
 
-def event(found: JobEvent) -> training_pb2.JobEvent:
+def event(found: JobEventRecord) -> training_pb2.JobEvent:
     """Returns the message for an event of a job."""
     message = training_pb2.JobEvent(
         number=found.number,
@@ -158,7 +158,7 @@ def event(found: JobEvent) -> training_pb2.JobEvent:
     return message
 
 
-def file(found: DataRecord) -> training_pb2.DataFile:
+def file(found: DataFileRecord) -> training_pb2.DataFile:
     """Returns the message for an uploaded file."""
     return training_pb2.DataFile(
         data_id=found.id,

@@ -32,7 +32,7 @@ from loraplex_model.base.durable import (
 )
 from loraplex_model.base.refusal import Reason, Refusal, Subject
 
-from loraplex_server.training.files.record import DataRecord
+from loraplex_server.training.files.record import DataFileRecord
 
 DATA_FILE: Final = "loraplex.v1.DataFile"
 """Resource type that refusals about uploaded files name."""
@@ -55,12 +55,12 @@ class DataFolder:
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
 
-    def load(self) -> list[DataRecord]:
+    def load(self) -> list[DataFileRecord]:
         """Reads all files, oldest first, and removes what is left of unfinished uploads.
 
         A damaged record is logged, and its file is left for the operator.
         """
-        found: list[DataRecord] = []
+        found: list[DataFileRecord] = []
         try:
             entries = sorted(self._root.iterdir())
         except FileNotFoundError:
@@ -71,7 +71,7 @@ class DataFolder:
             elif _ID.fullmatch(entry.name):
                 try:
                     content = read_regular(entry / _RECORD)
-                    found.append(msgspec.json.decode(content, type=DataRecord))
+                    found.append(msgspec.json.decode(content, type=DataFileRecord))
                 except (msgspec.DecodeError, OSError) as error:
                     log.error("the record of data file %s is damaged: %s", entry.name, error)
         return found
@@ -84,7 +84,7 @@ class DataFolder:
         folder.mkdir(mode=0o700)
         return ArrivingFile(folder, self._root / data_id)
 
-    def remove(self, record: DataRecord) -> None:
+    def remove(self, record: DataFileRecord) -> None:
         """Deletes a file. Those who read it go on."""
         gone = self._root / f"{_LEAVING}{record.id}"
         (self._root / record.id).rename(gone)
@@ -92,7 +92,7 @@ class DataFolder:
         shutil.rmtree(gone, ignore_errors=True)
 
     @contextmanager
-    def opened(self, record: DataRecord) -> Iterator[IO[bytes]]:
+    def opened(self, record: DataFileRecord) -> Iterator[IO[bytes]]:
         """Opens a file's bytes. Raises Refusal: DATA_NOT_FOUND, DATA_CORRUPT."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
@@ -105,7 +105,7 @@ class DataFolder:
         with os.fdopen(descriptor, "rb") as file:
             yield file
 
-    def copy(self, record: DataRecord, target: Path) -> None:
+    def copy(self, record: DataFileRecord, target: Path) -> None:
         """Copies a file's bytes to a new file and flushes it.
 
         Raises Refusal: DATA_NOT_FOUND, DATA_CORRUPT if the bytes are not those that were uploaded.
@@ -135,7 +135,7 @@ class ArrivingFile:
         while view:
             view = view[self._file.write(view) :]
 
-    def finish(self, record: DataRecord) -> None:
+    def finish(self, record: DataFileRecord) -> None:
         """Flushes the bytes and the record to the disk, and gives the file its name."""
         flush_file(self._file)
         self._file.close()
@@ -156,7 +156,7 @@ def not_found(data_id: str) -> Refusal:
     return Refusal(Reason.DATA_NOT_FOUND, text, subject=Subject(DATA_FILE, data_id))
 
 
-def corrupt(record: DataRecord) -> Refusal:
+def corrupt(record: DataFileRecord) -> Refusal:
     """The refusal for a file whose bytes are not those that were uploaded."""
     text = "the file of examples was damaged on the server's disk; upload it again"
     return Refusal(Reason.DATA_CORRUPT, text, subject=Subject(DATA_FILE, record.id))

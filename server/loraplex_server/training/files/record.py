@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 
-class DataRecord(msgspec.Struct, frozen=True, kw_only=True):
+class DataFileRecord(msgspec.Struct, frozen=True, kw_only=True):
     """An uploaded file. It never changes.
 
     Attributes:

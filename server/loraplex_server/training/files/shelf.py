@@ -29,7 +29,7 @@ from loraplex_server.training.files.folder import (
     corrupt,
     not_found,
 )
-from loraplex_server.training.files.record import DataRecord, DataUpload
+from loraplex_server.training.files.record import DataFileRecord, DataUpload
 from loraplex_server.training.records import next_id
 
 MAX_STREAMS: Final = 16
@@ -72,7 +72,7 @@ class DataShelf:
         self._folder = folder
         self._limits = limits
         self._lane = lane
-        self._files: dict[str, DataRecord] = {}
+        self._files: dict[str, DataFileRecord] = {}
         self._arriving: list[_Arrival] = []
         self._readers = 0
         self._last_id = ""
@@ -83,14 +83,16 @@ class DataShelf:
         found = await self._lane.run(self._folder.load)
         self._files = {record.id: record for record in found}
 
-    def get(self, data_id: str, owner: str | None) -> DataRecord:
-        """Returns a file of `owner`, as in `DataRecord.is_of`. Raises Refusal(DATA_NOT_FOUND)."""
+    def get(self, data_id: str, owner: str | None) -> DataFileRecord:
+        """Returns a file of `owner`, as `is_of` says. Raises Refusal(DATA_NOT_FOUND)."""
         record = self._files.get(data_id)
         if record is None or not record.is_of(owner):
             raise not_found(data_id)
         return record
 
-    def page(self, size: int, before: str, owner: str | None) -> tuple[Sequence[DataRecord], str]:
+    def page(
+        self, size: int, before: str, owner: str | None
+    ) -> tuple[Sequence[DataFileRecord], str]:
         """Returns at most `size` files of `owner` older than the id `before`, newest first.
 
         "" for `before` is no bound. The second value is the last file's id, or "" if there are no
@@ -109,7 +111,7 @@ class DataShelf:
 
     async def receive(
         self, upload: DataUpload, chunks: AsyncIterator[bytes], allowed: Allowed
-    ) -> DataRecord:
+    ) -> DataFileRecord:
         """Stores the bytes of `chunks`; returns the earlier file of a repeated upload.
 
         Raises Refusal: FIELD_INVALID, DATA_CONFLICT, DATA_FULL, OVERLOADED, STORE_FULL,
@@ -128,7 +130,7 @@ class DataShelf:
 
     async def _receive(
         self, arrival: _Arrival, chunks: AsyncIterator[bytes], allowed: Allowed
-    ) -> DataRecord:
+    ) -> DataFileRecord:
         upload, digest, checked = arrival.upload, hashlib.sha256(), 0
         await self._require_room(arrival, 1, allowed)
         data_id = self._last_id = next_id(max(self._last_id, max(self._files, default="")))
@@ -148,7 +150,7 @@ class DataShelf:
             if not arrival.size:
                 raise _invalid("the file is empty")
             await self._require_room(arrival, arrival.size, allowed)
-            record = DataRecord(
+            record = DataFileRecord(
                 id=data_id,
                 size=arrival.size,
                 digest=f"sha256:{digest.hexdigest()}",
@@ -166,7 +168,7 @@ class DataShelf:
             if file is not None:
                 await to_the_end(self._lane.run(file.abandon))
 
-    async def _keep(self, record: DataRecord, file: ArrivingFile | None) -> DataRecord:
+    async def _keep(self, record: DataFileRecord, file: ArrivingFile | None) -> DataFileRecord:
         """Gives a file its name, unless its request id has one of the same bytes already."""
         async with self._one_end:
             upload = DataUpload(record.owner, "", record.filename, record.request_id)
@@ -184,7 +186,7 @@ class DataShelf:
             self._files[record.id] = record
             return record
 
-    async def read(self, record: DataRecord) -> AsyncGenerator[bytes, None]:
+    async def read(self, record: DataFileRecord) -> AsyncGenerator[bytes, None]:
         """Yields the bytes of a file. The last ones come only if all are those of the upload.
 
         Raises Refusal: DATA_NOT_FOUND, DATA_CORRUPT, OVERLOADED.
@@ -211,7 +213,7 @@ class DataShelf:
         finally:
             self._readers -= 1
 
-    def copy(self, record: DataRecord, target: Path) -> None:
+    def copy(self, record: DataFileRecord, target: Path) -> None:
         """Copies a file; see `DataFolder.copy`. Blocks."""
         self._folder.copy(record, target)
 
@@ -228,7 +230,7 @@ class DataShelf:
             log.error("data file %s cannot be deleted: %s", data_id, error)
             raise from_os_error(error) from error
 
-    def _known(self, upload: DataUpload) -> DataRecord | None:
+    def _known(self, upload: DataUpload) -> DataFileRecord | None:
         """Returns the file of an earlier upload with the same id."""
         if not upload.request_id:
             return None

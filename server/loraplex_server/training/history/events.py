@@ -30,7 +30,7 @@ class SamplesRecord(msgspec.Struct, frozen=True):
     samples: tuple[SampleRecord, ...]
 
 
-class JobEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class JobEventRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One event. Exactly one field besides `number` and `time` (Unix time) is set."""
 
     number: int = 0

@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 from loraplex_model.base.durable import flush, read_regular, write_atomically
 
-from loraplex_server.training.history.events import JobEvent
+from loraplex_server.training.history.events import JobEventRecord
 
 MAX_EVENTS: Final = 20_000
 """Most events of a job. At about 150 bytes each, they take three megabytes."""
@@ -47,7 +47,7 @@ class EventFile:
         self._count = len(found)
         self.last = max((event.number for event in found), default=0)
 
-    def append(self, events: Sequence[JobEvent], durably: bool = False) -> None:
+    def append(self, events: Sequence[JobEventRecord], durably: bool = False) -> None:
         """Appends events; with `durably`, they are on the disk on return."""
         lines = b"".join(msgspec.json.encode(event) + b"\n" for event in events)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -66,11 +66,11 @@ class EventFile:
         if len(kept) < len(found):
             self._rewrite(kept)
 
-    def read(self) -> Iterator[JobEvent]:
+    def read(self) -> Iterator[JobEventRecord]:
         """Yields the events, the oldest first."""
         return _decoded(self._content())
 
-    def _rewrite(self, events: Sequence[JobEvent]) -> None:
+    def _rewrite(self, events: Sequence[JobEventRecord]) -> None:
         lines = b"".join(msgspec.json.encode(event) + b"\n" for event in events)
         write_atomically(self._path, lines, mode=_MODE)
         self._count = len(events)
@@ -82,13 +82,13 @@ class EventFile:
             return b""
 
 
-def thinned(events: Iterator[JobEvent], most: int) -> list[JobEvent]:
+def thinned(events: Iterator[JobEventRecord], most: int) -> list[JobEventRecord]:
     """Drops every second step until there are at most `most` events, then every second evaluation.
 
     The first and the newest of a kind stay. All other events stay in any case.
     """
     found = list(events)
-    kinds: tuple[Callable[[JobEvent], bool], ...] = (
+    kinds: tuple[Callable[[JobEventRecord], bool], ...] = (
         lambda event: event.progress is not None,
         lambda event: event.evaluation is not None,
     )
@@ -98,13 +98,15 @@ def thinned(events: Iterator[JobEvent], most: int) -> list[JobEvent]:
     return found
 
 
-def _halved(events: list[JobEvent], is_kind: Callable[[JobEvent], bool]) -> list[JobEvent]:
+def _halved(
+    events: list[JobEventRecord], is_kind: Callable[[JobEventRecord], bool]
+) -> list[JobEventRecord]:
     places = [place for place, event in enumerate(events) if is_kind(event)]
     dropped = set(places[1:-1:2])
     return [event for place, event in enumerate(events) if place not in dropped]
 
 
-def _decoded(content: bytes) -> Iterator[JobEvent]:
+def _decoded(content: bytes) -> Iterator[JobEventRecord]:
     for line in content.splitlines():
         with contextlib.suppress(msgspec.DecodeError):
-            yield msgspec.json.decode(line, type=JobEvent)
+            yield msgspec.json.decode(line, type=JobEventRecord)

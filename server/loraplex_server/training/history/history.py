@@ -20,7 +20,7 @@ import msgspec
 from loraplex_server.runtime.finishing import to_the_end
 from loraplex_server.runtime.lanes import Lane
 from loraplex_server.training.data import from_os_error
-from loraplex_server.training.history.events import JobEvent
+from loraplex_server.training.history.events import JobEventRecord
 from loraplex_server.training.history.file import EventFile
 from loraplex_server.training.records import Records
 
@@ -38,7 +38,7 @@ class _Open:
     """The events of a job that has not ended."""
 
     file: EventFile
-    pending: list[JobEvent] = field(default_factory=list)
+    pending: list[JobEventRecord] = field(default_factory=list)
     written: float = 0.0
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     is_open: bool = False
@@ -56,7 +56,7 @@ class JobHistories:
         """Returns the history of one job."""
         return JobHistory(self, job_id)
 
-    async def add(self, job_id: str, events: Sequence[JobEvent], last: bool = False) -> None:
+    async def add(self, job_id: str, events: Sequence[JobEventRecord], last: bool = False) -> None:
         """Records events in order, with numbers and, where it is missing, the time.
 
         After the `last` ones no more follow.
@@ -89,7 +89,7 @@ class JobHistories:
 
     async def page(
         self, job_id: str, size: int, after: int, newest_first: bool
-    ) -> tuple[list[JobEvent], int]:
+    ) -> tuple[list[JobEventRecord], int]:
         """Returns at most `size` events after the event `after`, which is 0 for the first page.
 
         The second value is the number of the last one, or 0 if there are no more. Raises
@@ -130,7 +130,7 @@ class JobHistory:
     histories: JobHistories
     job_id: str
 
-    async def add(self, *events: JobEvent) -> None:
+    async def add(self, *events: JobEventRecord) -> None:
         """Records events in order."""
         await self.histories.add(self.job_id, events)
 
@@ -139,14 +139,16 @@ class JobHistory:
         await self.histories.rewind(self.job_id, step)
 
 
-def _page(file: EventFile, size: int, after: int, newest_first: bool) -> tuple[list[JobEvent], int]:
+def _page(
+    file: EventFile, size: int, after: int, newest_first: bool
+) -> tuple[list[JobEventRecord], int]:
     found = list(file.read())
     if newest_first:
         found.reverse()
         rest = (event for event in found if not after or event.number < after)
     else:
         rest = (event for event in found if event.number > after)
-    page: list[JobEvent] = []
+    page: list[JobEventRecord] = []
     nbytes = 0
     for event in islice(rest, size):
         nbytes += len(msgspec.json.encode(event))

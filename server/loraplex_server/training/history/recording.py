@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from loraplex_server.training.history.events import (
     MAX_TEXT,
-    JobEvent,
+    JobEventRecord,
     SampleRecord,
     SamplesRecord,
 )
@@ -23,7 +23,7 @@ class TrainerNotes:
         self._step = 0
         self._samples: list[SampleRecord] = []
 
-    def take(self, event: Event, progress: RunProgress) -> list[JobEvent]:
+    def take(self, event: Event, progress: RunProgress) -> list[JobEventRecord]:
         """Returns what is to be recorded now. `progress` has taken the event into account."""
         if isinstance(event, Sampled):
             ended = self.end() if event.step != self._step else []
@@ -41,17 +41,17 @@ class TrainerNotes:
         match event:
             case RunStarted() if event.step:
                 text = f"the training continues after step {event.step}"
-                found.append(JobEvent(message=text))
+                found.append(JobEventRecord(message=text))
             case StepDone() if now is not None:
-                found.append(JobEvent(progress=replace(now, evaluation=None, best=None)))
+                found.append(JobEventRecord(progress=replace(now, evaluation=None, best=None)))
             case Evaluated() if now is not None:
-                found.append(JobEvent(evaluation=now.evaluation))
+                found.append(JobEventRecord(evaluation=now.evaluation))
         return found
 
-    def end(self) -> list[JobEvent]:
+    def end(self) -> list[JobEventRecord]:
         """Returns what is left to be recorded when no more events come."""
         if not self._samples:
             return []
         samples = SamplesRecord(self._step, tuple(self._samples))
         self._samples = []
-        return [JobEvent(samples=samples)]
+        return [JobEventRecord(samples=samples)]
