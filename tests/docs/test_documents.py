@@ -18,6 +18,7 @@ from loraplex_server.rpc.calls.errors import TABLE
 from loraplex_server.rpc.services import health, reflection, watching
 from loraplex_server.runtime import admin
 from loraplex_server.training import table as table_of_jobs
+from loraplex_server.training.files import shelf
 
 from deploy import exposition
 
@@ -111,6 +112,8 @@ def test_the_table_of_what_clients_may_hold_is_the_codes() -> None:
         (arriving.MAX_HALF_SENT, bounds.MAX_MESSAGE_BYTES >> 20),
         (arriving.SILENCE_SECONDS,),
         (),
+        (shelf.MAX_STREAMS, shelf.MAX_STREAMS_PER_PEER),
+        (shelf.MAX_READERS,),
         (
             watching.MAX_WATCHERS,
             table_of_jobs.MAX_WATCHERS,
