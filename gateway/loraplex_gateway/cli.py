@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
-import uvicorn
 from loraplex import LoraplexError
 from loraplex.channel import DEFAULT_TARGET
 
-from loraplex_gateway.app import build
 from loraplex_gateway.settings import Settings, SettingsError
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+MISSING: Final = 2
+"""Exit code if a package of the extra `gateway` is not installed."""
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def _option(text: str, name: str) -> object:
@@ -32,9 +36,7 @@ def run(
     target: Annotated[
         str, _option("gRPC address of the Loraplex server.", "target")
     ] = DEFAULT_TARGET,
-    tls: Annotated[
-        bool, _option("Encrypt the connection to the Loraplex server.", "tls")
-    ] = False,
+    tls: Annotated[bool, _option("Encrypt the connection to the Loraplex server.", "tls")] = False,
     ca: Annotated[
         Path | None,
         _option("PEM file with the authorities of the Loraplex server's certificate.", "ca"),
@@ -65,6 +67,13 @@ def run(
         list[str] | None,
         _option("Origin whose pages may call the gateway; may be repeated.", "cors-origin"),
     ] = None,
+    max_body_bytes: Annotated[
+        int, _option("Largest body of a request, in bytes.", "max-body-bytes")
+    ] = 8 << 20,
+    drain_seconds: Annotated[
+        float,
+        _option("Seconds that running requests have to finish after SIGTERM.", "drain-seconds"),
+    ] = 30.0,
 ) -> None:
     """Serve OpenAI's HTTP interface in front of a Loraplex server."""
     settings = Settings(
@@ -80,27 +89,53 @@ def run(
         served_names=tuple(served_model_name or ()),
         metrics=metrics,
         cors_origins=tuple(cors_origin or ()),
+        max_body_bytes=max_body_bytes,
+        drain_seconds=drain_seconds,
     )
+    raise typer.Exit(serve(settings))
+
+
+def serve(settings: Settings) -> int:
+    """Serves until a signal ends it; returns the exit code, after one line if it cannot start."""
+    # The gRPC library's own messages may hold the bytes of a peer.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    from loraplex_gateway import serving
+    from loraplex_gateway.app import build
+
+    async def served() -> None:
+        application = build(settings)
+        listening = serving.listen(settings)
+        await serving.serve(application, settings, listening, _ready)
+
     try:
-        serve(settings)
+        asyncio.run(served())
+    except serving.CannotListen as error:
+        return _failed(str(error), serving.GatewayExit.PORT_IN_USE)
     except (SettingsError, LoraplexError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        return _failed(str(error), serving.GatewayExit.BAD_SETTINGS)
+    return serving.GatewayExit.OK
 
 
-def serve(settings: Settings) -> None:
-    """Serves until a signal ends it. Raises SettingsError."""
-    uvicorn.run(
-        build(settings),
-        host=settings.host,
-        port=settings.port,
-        ssl_certfile=settings.certificate,
-        ssl_keyfile=settings.private_key,
-        access_log=False,  # a path may hold the name of another tenant's adapter
-        server_header=False,
-        log_level="warning",
-    )
+def _ready(where: str) -> None:
+    print(f"ready: http {where}", flush=True)
+
+
+def _failed(text: str, code: int) -> int:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    return code
 
 
 def main() -> None:
-    app()
+    """The console script. Without the packages of the extra `gateway`, it says so in one line."""
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "loraplex_gateway":
+            raise
+        text = f"the gateway needs the package {error.name}: install loraplex[gateway]"
+        sys.exit(_failed(text, MISSING))

@@ -1,0 +1,102 @@
+"""The routes of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from loraplex_gateway.chat.request import CHAT_PARAMS, ChatRequest, conversation_options
+from loraplex_gateway.context import Context, bearer
+from loraplex_gateway.generation.rendering import rendering
+from loraplex_gateway.tokens.request import DetokenizeRequest, TokenizeRequest, checked_tokens
+from loraplex_gateway.wire.bodies import invalid, read
+from loraplex_gateway.wire.replies import reply
+
+_HARMLESS: Final = frozenset({"user"})
+_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"mm_processor_kwargs": ({},)})
+
+
+def routes(context: Context) -> list[BaseRoute]:
+    """The routes of tokens."""
+
+    async def tokenize(request: Request) -> Response:
+        client = context.client_for(request)
+        limit = context.settings.max_body_bytes
+        body = await read(request, TokenizeRequest, limit, _HARMLESS, _NEUTRAL)
+        if (body.prompt is None) == (body.messages is None):
+            raise invalid("prompt", "must be given, or messages, but not both")
+        base = await context.ids.base(client)
+        model = body.model or base.name
+        adapter = await context.ids.adapter(client, model, bearer(request))
+        if body.messages is not None:
+            options = conversation_options(_chat(body, model))
+            tokens = list(
+                (await rendering(client, model, adapter or None, options, CHAT_PARAMS)).token_ids
+            )
+        else:
+            served: Any = client
+            special = body.add_special_tokens is not False
+            tokens = list((await served.tokenize(body.prompt, special_tokens=special)).token_ids)
+        found: dict[str, Any] = {
+            "count": len(tokens),
+            "max_model_len": base.max_context,
+            "tokens": tokens,
+        }
+        if body.return_token_strs:
+            found["token_strs"] = await _pieces(client, tokens)
+        return reply(found)
+
+    async def detokenize(request: Request) -> Response:
+        client: Any = context.client_for(request)
+        limit = context.settings.max_body_bytes
+        body = await read(request, DetokenizeRequest, limit, _HARMLESS, _NEUTRAL)
+        if body.model:
+            await context.ids.adapter(client, body.model, bearer(request))
+        tokens = checked_tokens(body)
+        skip = bool(body.skip_special_tokens)
+        return reply({"prompt": (await client.detokenize(tokens, skip_special_tokens=skip)).text})
+
+    async def info(request: Request) -> Response:
+        """What clients need to use a conversation's template themselves."""
+        # Not from memory, so that only callers that the server knows are answered.
+        base = await context.client_for(request).get_model()
+        template = base.chat_template
+        return reply(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": base.bos_token.text if base.bos_token else None,
+                "eos_token": base.eos_tokens[0].text if base.eos_tokens else None,
+                "pad_token": None,
+                "model_max_length": base.max_context,
+                "vocab_size": base.vocab_size,
+                "chat_template": getattr(template, "text", "") or None,
+            }
+        )
+
+    return [
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/tokenizer_info", info, methods=["GET"]),
+    ]
+
+
+def _chat(body: TokenizeRequest, model: str) -> ChatRequest:
+    """The same conversation as a request for an answer has it."""
+    return ChatRequest(
+        model=model,
+        messages=body.messages or [],
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
+
+
+async def _pieces(client: Any, tokens: list[int]) -> list[str]:
+    """The text of each token."""
+    found = await client.detokenize(tokens, pieces=True)
+    return [bytes(piece).decode("utf-8", "replace") for piece in found.pieces]
