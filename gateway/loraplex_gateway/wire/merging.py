@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 T = TypeVar("T")
 
 _WAITING: Final = 64
 """Most events that wait for their reader; sources pause above it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """A source has ended, well or with an error."""
+
+    error: Exception | None = None
 
 
 async def merged(
@@ -26,34 +34,35 @@ async def merged(
             async for item in only:
                 yield item
         return
-    queue: asyncio.Queue[T] = asyncio.Queue(_WAITING)
+    queue: asyncio.Queue[T | _End] = asyncio.Queue(_WAITING)
     places = asyncio.Semaphore(at_once)
 
     async def follow(source: AsyncGenerator[T, None]) -> None:
+        end = _End()
         async with places, contextlib.aclosing(source):
-            async for item in source:
-                await queue.put(item)
+            try:
+                async for item in source:
+                    await queue.put(item)
+            except Exception as error:
+                end = _End(error)
+        await queue.put(end)
 
     tasks = [asyncio.create_task(follow(source)) for source in sources]
-    ended = asyncio.gather(*tasks)
+    running = len(tasks)
     try:
-        while True:
-            coming = asyncio.create_task(queue.get())
-            await asyncio.wait({coming, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if coming.done():
-                yield coming.result()
+        while running:
+            found = await queue.get()
+            if not isinstance(found, _End):
+                yield found
                 continue
-            coming.cancel()
-            ended.result()
-            while not queue.empty():
-                yield queue.get_nowait()
-            return
+            if found.error is not None:
+                raise found.error
+            running -= 1
     finally:
-        ended.cancel()
         for task in tasks:
             task.cancel()
-        await asyncio.gather(ended, *tasks, return_exceptions=True)
-        for source in sources:
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for source in sources:  # those that never ran
             await source.aclose()
 
 
