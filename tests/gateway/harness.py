@@ -46,9 +46,7 @@ class Web:
 
     async def get(self, path: str, key: str = "") -> httpx.Response:
         """Asks for a path."""
-        return await self.http.get(
-            path, headers={"authorization": f"Bearer {key}"} if key else {}
-        )
+        return await self.http.get(path, headers={"authorization": f"Bearer {key}"} if key else {})
 
     async def ok(self, path: str, body: Any, **given: Any) -> Any:
         """The JSON answer to a request that must succeed."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from gateway.harness import BASE, Web, gateway, needs_option
 from loraplex import AsyncClient
 from rpc.harness import Running, expected
-
-from gateway.harness import BASE, Web, gateway, needs_option
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -268,9 +266,7 @@ async def test_what_is_wrong_with_a_message_is_named(web: Web, message: Any, par
     assert error["type"] == "invalid_request_error"
 
 
-async def test_the_tokens_of_prompt_and_answer_are_shown_on_request(
-    up: Running, web: Web
-) -> None:
+async def test_the_tokens_of_prompt_and_answer_are_shown_on_request(up: Running, web: Web) -> None:
     needs_option("return_prompt_token_ids")
     wanted = await direct(up, max_new_tokens=5)
     body = {**ASKED, "model": BASE, "max_tokens": 5, "return_token_ids": True}

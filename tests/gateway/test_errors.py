@@ -9,12 +9,11 @@ import grpc
 import pytest
 import pytest_asyncio
 from client.fake_server import FakeServer, failure
+from gateway.harness import Web, error_of, events_of, web
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2
 from loraplex.v1 import model_pb2
 from loraplex_server.rpc.calls.errors import TABLE
-
-from gateway.harness import Web, error_of, events_of, web
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

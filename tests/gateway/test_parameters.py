@@ -13,7 +13,9 @@ from loraplex_gateway.completions.request import (
 )
 from loraplex_gateway.errors import ApiError, param_of
 from loraplex_gateway.generation.parameters import PARAMS
+from loraplex_gateway.models.ids import is_legal
 from loraplex_gateway.wire.bodies import HARMLESS, NEUTRAL, convert, loads
+from loraplex_server.rpc.calls.ids import is_adapter_id
 
 CONTEXT = 1000
 TALK = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -150,8 +152,19 @@ def test_defaults_of_what_is_not_supported_are_ignored(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    "audio chat_template echo allowed_token_ids truncate_prompt_tokens functions function_call "
-    "logit_processors web_search_options prompt_embeds temprature".split(),
+    [
+        "audio",
+        "chat_template",
+        "echo",
+        "allowed_token_ids",
+        "truncate_prompt_tokens",
+        "functions",
+        "function_call",
+        "logit_processors",
+        "web_search_options",
+        "prompt_embeds",
+        "temprature",
+    ],
 )
 def test_what_would_change_the_answer_is_refused_unless_it_is_null(name: str) -> None:
     with pytest.raises(ApiError) as caught:
@@ -297,3 +310,12 @@ def test_a_deeply_nested_value_is_refused_not_a_fault() -> None:
     with pytest.raises(ApiError) as caught:
         chat(response_format={"type": "json_object", "schema": nested})
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a", "a-b", "a@1", "a@12", "a@sha256:" + "0" * 64, "a" * 63, "a" * 64, "-a", "a-", "a@0",
+     "a@01", "A", "a@", "a@1@2", "a b", "", "a\n", "é", "a@٣", "a@99999999999"],
+)  # fmt: skip
+def test_the_gateway_and_the_server_agree_on_what_an_adapters_id_is(text: str) -> None:
+    assert is_legal(text) == is_adapter_id(text)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gateway.harness import BASE, Web, gateway
 from loraplex_gateway.errors import ApiError
 from loraplex_gateway.wire import events
 from loraplex_gateway.wire.events import EventStream, event
 from loraplex_gateway.wire.merging import all_of, merged
 from rpc.harness import Running, until
-
-from gateway.harness import BASE, Web, gateway
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -161,7 +160,7 @@ async def test_the_source_ends_with_its_reader_wherever_it_is() -> None:
 
         messages: list[dict[str, Any]] = []
         running = asyncio.create_task(app_of(source())(messages, gone))
-        await until(lambda messages=messages: len(messages) > 2 or waits and len(messages) > 1)
+        await until(lambda messages=messages: len(messages) > 2 or (waits and len(messages) > 1))
         gone.set()
         await running
         assert ended.is_set()
