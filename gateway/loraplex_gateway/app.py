@@ -22,7 +22,7 @@ from loraplex_gateway.context import Context
 from loraplex_gateway.errors import ApiError
 from loraplex_gateway.metrics import Observed
 from loraplex_gateway.models import routes as models
-from loraplex_gateway.settings import Settings
+from loraplex_gateway.settings import GatewaySettings
 from loraplex_gateway.tokens import routes as tokens
 
 PARTS: Final[tuple[Callable[[Context], list[BaseRoute]], ...]] = (
@@ -38,7 +38,7 @@ SHOWN_HEADERS: Final = ("x-request-id", "x-loraplex-adapter", "retry-after", "re
 """Headers that pages of other origins may read."""
 
 
-def build(settings: Settings) -> Starlette:
+def build(settings: GatewaySettings) -> Starlette:
     """The application for `settings`. Raises SettingsError, and InvalidRequest for files of TLS."""
     settings.check()
     context = Context(settings)

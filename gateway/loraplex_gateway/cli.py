@@ -13,7 +13,7 @@ import typer
 from loraplex import LoraplexError
 from loraplex.channel import DEFAULT_TARGET
 
-from loraplex_gateway.settings import Settings, SettingsError
+from loraplex_gateway.settings import GatewaySettings, SettingsError
 
 MISSING: Final = 2
 """Exit code if a package of the extra `gateway` is not installed."""
@@ -29,54 +29,64 @@ def _env(name: str) -> str:
     return name.upper().replace("-", "_")
 
 
+Host = Annotated[str, _option("Address to listen on for HTTP.", "host")]
+Port = Annotated[int, _option("Port for HTTP; 0 takes a free one.", "port")]
+Target = Annotated[str, _option("gRPC address of the Loraplex server.", "target")]
+Tls = Annotated[bool, _option("Encrypt the connection to the Loraplex server.", "tls")]
+Authorities = Annotated[
+    Path | None,
+    _option("PEM file with the authorities of the Loraplex server's certificate.", "ca"),
+]
+ServerName = Annotated[
+    str, _option("Name in the Loraplex server's certificate, if not the target's.", "server-name")
+]
+Certificate = Annotated[
+    Path | None,
+    _option("PEM file with the certificate with which HTTP is encrypted.", "certificate"),
+]
+PrivateKey = Annotated[
+    Path | None, _option("PEM file with the private key of --certificate.", "private-key")
+]
+Insecure = Annotated[
+    bool, _option("Listen for HTTP that is not encrypted where others can reach it.", "insecure")
+]
+ServedNames = Annotated[
+    list[str] | None,
+    _option("Name of the base model in requests; may be repeated.", "served-model-name"),
+]
+Metrics = Annotated[
+    str, _option("URL of the Loraplex server's metrics, passed on as /metrics.", "metrics")
+]
+Origins = Annotated[
+    list[str] | None,
+    _option("Origin whose pages may call the gateway; may be repeated.", "cors-origin"),
+]
+MaxBody = Annotated[int, _option("Largest body of a request, in bytes.", "max-body-bytes")]
+Drain = Annotated[
+    float,
+    _option("Seconds that running requests have to finish after SIGTERM.", "drain-seconds"),
+]
+
+
 @app.command()
 def run(
-    host: Annotated[str, _option("Address to listen on for HTTP.", "host")] = "127.0.0.1",
-    port: Annotated[int, _option("Port for HTTP; 0 takes a free one.", "port")] = 8000,
-    target: Annotated[
-        str, _option("gRPC address of the Loraplex server.", "target")
-    ] = DEFAULT_TARGET,
-    tls: Annotated[bool, _option("Encrypt the connection to the Loraplex server.", "tls")] = False,
-    ca: Annotated[
-        Path | None,
-        _option("PEM file with the authorities of the Loraplex server's certificate.", "ca"),
-    ] = None,
-    server_name: Annotated[
-        str,
-        _option("Name in the Loraplex server's certificate, if not the target's.", "server-name"),
-    ] = "",
-    certificate: Annotated[
-        Path | None,
-        _option("PEM file with the certificate with which HTTP is encrypted.", "certificate"),
-    ] = None,
-    private_key: Annotated[
-        Path | None, _option("PEM file with the private key of --certificate.", "private-key")
-    ] = None,
-    insecure: Annotated[
-        bool,
-        _option("Listen for HTTP that is not encrypted where others can reach it.", "insecure"),
-    ] = False,
-    served_model_name: Annotated[
-        list[str] | None,
-        _option("Name of the base model in requests; may be repeated.", "served-model-name"),
-    ] = None,
-    metrics: Annotated[
-        str, _option("URL of the Loraplex server's metrics, passed on as /metrics.", "metrics")
-    ] = "",
-    cors_origin: Annotated[
-        list[str] | None,
-        _option("Origin whose pages may call the gateway; may be repeated.", "cors-origin"),
-    ] = None,
-    max_body_bytes: Annotated[
-        int, _option("Largest body of a request, in bytes.", "max-body-bytes")
-    ] = 8 << 20,
-    drain_seconds: Annotated[
-        float,
-        _option("Seconds that running requests have to finish after SIGTERM.", "drain-seconds"),
-    ] = 30.0,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    target: Target = DEFAULT_TARGET,
+    tls: Tls = False,
+    ca: Authorities = None,
+    server_name: ServerName = "",
+    certificate: Certificate = None,
+    private_key: PrivateKey = None,
+    insecure: Insecure = False,
+    served_model_name: ServedNames = None,
+    metrics: Metrics = "",
+    cors_origin: Origins = None,
+    max_body_bytes: MaxBody = 8 << 20,
+    drain_seconds: Drain = 30.0,
 ) -> None:
     """Serve OpenAI's HTTP interface in front of a Loraplex server."""
-    settings = Settings(
+    settings = GatewaySettings(
         host=host,
         port=port,
         target=target,
@@ -95,7 +105,7 @@ def run(
     raise typer.Exit(serve(settings))
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: GatewaySettings) -> int:
     """Serves until a signal ends it; returns the exit code, after one line if it cannot start."""
     # The gRPC library's own messages may hold the bytes of a peer.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")

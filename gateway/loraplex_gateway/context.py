@@ -12,7 +12,7 @@ from starlette.requests import HTTPConnection
 from loraplex_gateway.errors import ApiError
 from loraplex_gateway.metrics import GatewayMetrics
 from loraplex_gateway.models.ids import ModelIds
-from loraplex_gateway.settings import Settings
+from loraplex_gateway.settings import GatewaySettings
 
 CONNECTIONS: Final = 4
 """Connections for callers' requests. The server takes 256 calls at once on each."""
@@ -31,7 +31,7 @@ class Context:
             so that health is answered while callers use up theirs.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: GatewaySettings) -> None:
         self.settings = settings
         self.ids = ModelIds(settings.served_names)
         self.metrics = GatewayMetrics()
@@ -77,7 +77,7 @@ def bearer(request: HTTPConnection) -> str:
     return key.strip()
 
 
-def _encryption(settings: Settings) -> dict[str, Any]:
+def _encryption(settings: GatewaySettings) -> dict[str, Any]:
     """The client's options of an encrypted connection; empty if it is not to be encrypted."""
     given = {"ca": settings.ca, "server_name": settings.server_name}
     found = {name: value for name, value in given.items() if value}

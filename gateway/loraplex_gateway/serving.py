@@ -16,7 +16,7 @@ from typing import Final
 import uvicorn
 from starlette.types import ASGIApp
 
-from loraplex_gateway.settings import Settings, SettingsError
+from loraplex_gateway.settings import GatewaySettings, SettingsError
 
 BACKLOG: Final = 1024
 KEEP_ALIVE_SECONDS: Final = 75
@@ -37,7 +37,7 @@ class CannotListen(Exception):
     """The address cannot be listened on; the text says which, and why."""
 
 
-def listen(settings: Settings) -> socket.socket:
+def listen(settings: GatewaySettings) -> socket.socket:
     """A socket that listens on the address of the settings. Raises CannotListen."""
     where = address(settings.host, settings.port)
     try:
@@ -63,7 +63,7 @@ def address(host: str, port: int) -> str:
 
 
 async def serve(
-    app: ASGIApp, settings: Settings, listening: socket.socket, ready: Callable[[str], None]
+    app: ASGIApp, settings: GatewaySettings, listening: socket.socket, ready: Callable[[str], None]
 ) -> None:
     """Serves until SIGTERM or SIGINT, and then until running requests have ended.
 

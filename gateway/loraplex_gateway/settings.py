@@ -14,7 +14,7 @@ class SettingsError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class GatewaySettings:
     """How the gateway listens, where its server is, and what it allows.
 
     Attributes:
@@ -82,3 +82,6 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+Settings = GatewaySettings

@@ -16,7 +16,7 @@ import uvicorn
 from loraplex.requests import GenerateOptions
 from loraplex_gateway import serving
 from loraplex_gateway.app import build
-from loraplex_gateway.settings import Settings
+from loraplex_gateway.settings import GatewaySettings
 from rpc.harness import Running, running
 
 from gateway import specification
@@ -98,7 +98,7 @@ async def web(target: str, compared: bool = True, **settings: Any) -> AsyncItera
 
     Its answers are `compared` with the specification, unless a server answers that is none.
     """
-    given = Settings(**{"port": 0, "target": target, "served_names": (BASE,), **settings})
+    given = GatewaySettings(**{"port": 0, "target": target, "served_names": (BASE,), **settings})
     app = build(given)
     listening = serving.listen(given)
     config = uvicorn.Config(
@@ -107,7 +107,7 @@ async def web(target: str, compared: bool = True, **settings: Any) -> AsyncItera
     server = uvicorn.Server(config)
     server.capture_signals = nullcontext  # type: ignore[method-assign,assignment]
     serving_task = asyncio.create_task(server.serve(sockets=[listening]))
-    while not server.started:
+    while not server.started:  # noqa: ASYNC110 - the server sets no event
         await asyncio.sleep(0.005)
     url = f"http://{serving.address(*listening.getsockname()[:2])}"
     try:

@@ -162,14 +162,14 @@ async def test_a_stop_string_and_a_stop_token_are_told(up: Running, web: Web) ->
     token = wanted.token_ids[4]
     found = (await web.ok(PATH, {**body, "stop_token_ids": [token]}))["choices"][0]
     assert (found["finish_reason"], found["stop_reason"]) == ("stop", token)
-    text = wanted.text[2:5]
-    for stop in (text, ["not there", text]):
+    ending = wanted.text[2:5]
+    for stop in (ending, ["not there", ending]):
         found = (await web.ok(PATH, {**body, "stop": stop}))["choices"][0]
-        assert (found["finish_reason"], found["stop_reason"]) == ("stop", text)
-        assert found["message"]["content"] == wanted.text[: wanted.text.index(text)]
+        assert (found["finish_reason"], found["stop_reason"]) == ("stop", ending)
+        assert found["message"]["content"] == wanted.text[: wanted.text.index(ending)]
         events = await web.events(PATH, {**body, "stop": stop})
         assert content(events) == found["message"]["content"]
-        assert events[-1]["choices"][0]["stop_reason"] == text
+        assert events[-1]["choices"][0]["stop_reason"] == ending
     for nothing in ("", []):
         found = (await web.ok(PATH, {**body, "stop": nothing}))["choices"][0]
         assert found["message"]["content"] == wanted.text
@@ -214,13 +214,18 @@ async def test_a_mix_is_computed_with_its_weights(up: Running, web: Web) -> None
     assert error["code"] == "model_not_found"
 
 
+def text(value: str) -> dict[str, str]:
+    """A part of a message."""
+    return {"type": "text", "text": value}
+
+
 async def test_messages_of_every_role_and_in_parts_are_rendered(web: Web) -> None:
     talk = [
-        {"role": "system", "content": [{"type": "text", "text": "be "}, {"type": "text", "text": "kind"}]},
+        {"role": "system", "content": [text("be "), text("kind")]},
         {"role": "user", "content": "hi", "name": None},
         {"role": "assistant", "content": "yes", "refusal": None, "annotations": [], "audio": None},
         {"role": "user", "content": [{"type": "input_text", "text": "go on"}]},
-    ]  # fmt: skip
+    ]
     found = await web.ok(PATH + "/render", {"model": BASE, "messages": talk})
     assert found["prompt"] == "<system>be \nkind<user>hi<assistant>yes<user>go on<assistant>"
     assert found["count"] == len(found["token_ids"])

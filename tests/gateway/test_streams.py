@@ -1,4 +1,4 @@
-"""Streams of events: gone clients end the work, silence is filled, sources end with their reader."""
+"""Streams of events: gone clients end the work, silence is filled, sources end with readers."""
 
 from __future__ import annotations
 
@@ -160,7 +160,8 @@ async def test_the_source_ends_with_its_reader_wherever_it_is() -> None:
 
         messages: list[dict[str, Any]] = []
         running = asyncio.create_task(app_of(source())(messages, gone))
-        await until(lambda messages=messages: len(messages) > 2 or (waits and len(messages) > 1))
+        needed = 2 if waits else 3
+        await until(lambda messages=messages, needed=needed: len(messages) >= needed)
         gone.set()
         await running
         assert ended.is_set()

@@ -10,11 +10,11 @@ from loraplex_gateway.chat import tooling
 from loraplex_gateway.chat.request import ChatRequest
 from loraplex_gateway.generation import logprobs
 from loraplex_gateway.generation.answers import Head, finish_reason, stop_reason, usage
-from loraplex_gateway.generation.samples import Sample, prompt_ids, samples_of
+from loraplex_gateway.generation.samples import CompletionSample, prompt_ids, samples_of
 
 
 def answer(
-    request: ChatRequest, plan: tooling.Plan | None, head: Head, completion: Completion
+    request: ChatRequest, plan: tooling.AnswerPlan | None, head: Head, completion: Completion
 ) -> dict[str, Any]:
     """The body of the response."""
     samples = samples_of(completion)
@@ -35,7 +35,7 @@ def answer(
 
 
 def _choice(
-    request: ChatRequest, plan: tooling.Plan | None, index: int, sample: Sample
+    request: ChatRequest, plan: tooling.AnswerPlan | None, index: int, sample: CompletionSample
 ) -> dict[str, Any]:
     reader = tooling.reader(plan)
     message = tooling.chat_message([*reader.feed(sample.text), *reader.end()])

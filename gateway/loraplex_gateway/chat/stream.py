@@ -11,14 +11,20 @@ from loraplex_gateway.chat import tooling
 from loraplex_gateway.chat.request import ChatRequest
 from loraplex_gateway.generation import logprobs
 from loraplex_gateway.generation.answers import Head, finish_reason, stop_reason, usage
-from loraplex_gateway.generation.samples import Call, Sample, index_of, prompt_ids, samples_of
+from loraplex_gateway.generation.samples import (
+    Call,
+    CompletionSample,
+    index_of,
+    prompt_ids,
+    samples_of,
+)
 from loraplex_gateway.wire.events import event
 
 
 class ChatStream:
     """The events of one answer, or of `n`."""
 
-    def __init__(self, request: ChatRequest, plan: tooling.Plan | None, head: Head) -> None:
+    def __init__(self, request: ChatRequest, plan: tooling.AnswerPlan | None, head: Head) -> None:
         self._request = request
         self._head = head
         self._opened: list[AsyncStream] = []
@@ -84,7 +90,7 @@ class ChatStream:
         parts = [tooling.chat_delta(each) for each in self._readers[index].feed(delta.text)]
         return self._parts(index, parts, extra)
 
-    def _end(self, index: int, sample: Sample) -> bytes:
+    def _end(self, index: int, sample: CompletionSample) -> bytes:
         """The last events of one answer."""
         rest = [tooling.chat_delta(each) for each in self._readers[index].end()]
         events = self._parts(index, rest, {})

@@ -9,7 +9,7 @@ from loraplex_gateway.chat.request import ChatRequest
 from loraplex_gateway.wire.bodies import unsupported
 
 
-class Reader(Protocol):
+class AnswerReader(Protocol):
     """Reads the text of one answer as it comes."""
 
     def feed(self, text: str) -> Iterable[Any]:
@@ -19,7 +19,7 @@ class Reader(Protocol):
         """The parts that were held back until the end."""
 
 
-class Plan(Protocol):
+class AnswerPlan(Protocol):
     """What a request with tools needs.
 
     Attributes:
@@ -40,14 +40,14 @@ class PlainReader:
         return ()
 
 
-def plan(request: ChatRequest) -> Plan | None:
+def plan(request: ChatRequest) -> AnswerPlan | None:
     """What the tools of a request need; None if it has none. Raises ApiError (400)."""
     if request.tools and request.tool_choice != "none":
         raise unsupported("tools")
     return None
 
 
-def reader(plan: Plan | None) -> Reader:
+def reader(plan: AnswerPlan | None) -> AnswerReader:
     """A reader for one answer."""
     return PlainReader()
 

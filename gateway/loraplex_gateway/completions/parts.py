@@ -11,8 +11,8 @@ from loraplex_gateway.completions.request import CompletionRequest, Prompt
 from loraplex_gateway.generation import logprobs
 from loraplex_gateway.generation.answers import finish_reason, stop_reason
 from loraplex_gateway.generation.logprobs import TextLogprobs
-from loraplex_gateway.generation.samples import Sample, prompt_ids
-from loraplex_gateway.tokens.texts import TokenTexts
+from loraplex_gateway.generation.samples import CompletionSample, prompt_ids
+from loraplex_gateway.tokens.texts import VocabularyTexts
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Echoed:
 
 async def echoed(
     client: AsyncClient,
-    texts: TokenTexts,
+    texts: VocabularyTexts,
     base: ModelDescription,
     request: CompletionRequest,
     prompt: Prompt,
@@ -77,14 +77,14 @@ class Parts:
             choice["token_ids"] = list(piece.token_ids)
         return choice
 
-    def end(self, sample: Sample) -> dict[str, Any]:
+    def end(self, sample: CompletionSample) -> dict[str, Any]:
         """What is added to the last part."""
         return {
             "finish_reason": finish_reason(sample.finish_reason),
             "stop_reason": stop_reason(sample.matched_stop, self._request.stop_token_ids),
         }
 
-    def whole(self, echo: Echoed, answer: Completion, sample: Sample) -> dict[str, Any]:
+    def whole(self, echo: Echoed, answer: Completion, sample: CompletionSample) -> dict[str, Any]:
         """The prompt, if it is shown, and the whole answer as one part."""
         choice = self.piece(sample)
         if self._request.echo:

@@ -23,7 +23,7 @@ from loraplex_gateway.context import Context
 from loraplex_gateway.generation.answers import Head, merged, usage
 from loraplex_gateway.generation.samples import Call, samples_of
 from loraplex_gateway.generation.target import head_of, target
-from loraplex_gateway.tokens.texts import TokenTexts
+from loraplex_gateway.tokens.texts import VocabularyTexts
 from loraplex_gateway.wire.bodies import read
 from loraplex_gateway.wire.events import EventStream, unless_gone
 from loraplex_gateway.wire.merging import all_of
@@ -35,7 +35,7 @@ AT_ONCE: Final = 64
 
 def routes(context: Context) -> list[BaseRoute]:
     """The route of text completions."""
-    texts = TokenTexts()
+    texts = VocabularyTexts()
 
     async def complete(request: Request) -> Response:
         client = context.client_for(request)

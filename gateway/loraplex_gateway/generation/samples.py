@@ -22,7 +22,7 @@ from loraplex_gateway import errors
 from loraplex_gateway.errors import ApiError
 
 
-class Sample(Protocol):
+class CompletionSample(Protocol):
     """One completion of a prompt."""
 
     @property
@@ -88,9 +88,9 @@ class Call:
         return errors.of(error, self._params)
 
 
-def samples_of(completion: Completion) -> list[Sample]:
+def samples_of(completion: Completion) -> list[CompletionSample]:
     """The first completion of a prompt and its alternatives."""
-    more: Sequence[Sample] = getattr(completion, "alternatives", ())
+    more: Sequence[CompletionSample] = getattr(completion, "alternatives", ())
     return [completion, *more]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
+from loraplex import AsyncClient
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -28,28 +29,10 @@ def routes(context: Context) -> list[BaseRoute]:
         client = context.client_for(request)
         limit = context.settings.max_body_bytes
         body = await read(request, TokenizeRequest, limit, _HARMLESS, _NEUTRAL)
-        if (body.prompt is None) == (body.messages is None):
-            raise invalid("prompt", "must be given, or messages, but not both")
         base = await context.ids.base(client)
         model = body.model or base.name
         adapter = await context.ids.adapter(client, model, bearer(request))
-        if body.messages is not None:
-            options = conversation_options(_chat(body, model))
-            tokens = list(
-                (await rendering(client, model, adapter or None, options, CHAT_PARAMS)).token_ids
-            )
-        else:
-            served: Any = client
-            special = body.add_special_tokens is not False
-            tokens = list((await served.tokenize(body.prompt, special_tokens=special)).token_ids)
-        found: dict[str, Any] = {
-            "count": len(tokens),
-            "max_model_len": base.max_context,
-            "tokens": tokens,
-        }
-        if body.return_token_strs:
-            found["token_strs"] = await _pieces(client, tokens)
-        return reply(found)
+        return reply(await _tokenized(client, body, model, adapter, base.max_context))
 
     async def detokenize(request: Request) -> Response:
         client: Any = context.client_for(request)
@@ -62,27 +45,49 @@ def routes(context: Context) -> list[BaseRoute]:
         return reply({"prompt": (await client.detokenize(tokens, skip_special_tokens=skip)).text})
 
     async def info(request: Request) -> Response:
-        """What clients need to use a conversation's template themselves."""
-        # Not from memory, so that only callers that the server knows are answered.
-        base = await context.client_for(request).get_model()
-        template = base.chat_template
-        return reply(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": base.bos_token.text if base.bos_token else None,
-                "eos_token": base.eos_tokens[0].text if base.eos_tokens else None,
-                "pad_token": None,
-                "model_max_length": base.max_context,
-                "vocab_size": base.vocab_size,
-                "chat_template": getattr(template, "text", "") or None,
-            }
-        )
+        return reply(await _info(context.client_for(request)))
 
     return [
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),
         Route("/tokenizer_info", info, methods=["GET"]),
     ]
+
+
+async def _tokenized(
+    client: AsyncClient, body: TokenizeRequest, model: str, adapter: str, max_context: int
+) -> dict[str, Any]:
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("prompt", "must be given, or messages, but not both")
+    if body.messages is not None:
+        options = conversation_options(_chat(body, model))
+        rendered = await rendering(client, model, adapter or None, options, CHAT_PARAMS)
+        tokens = list(rendered.token_ids)
+    else:
+        served: Any = client
+        special = body.add_special_tokens is not False
+        tokens = list((await served.tokenize(body.prompt, special_tokens=special)).token_ids)
+    found: dict[str, Any] = {"count": len(tokens), "max_model_len": max_context, "tokens": tokens}
+    if body.return_token_strs:
+        found["token_strs"] = await _pieces(client, tokens)
+    return found
+
+
+async def _info(client: AsyncClient) -> dict[str, Any]:
+    """What clients need to use the chat template themselves.
+
+    Not from memory, so that only callers that the server knows are answered.
+    """
+    base = await client.get_model()
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": base.bos_token.text if base.bos_token else None,
+        "eos_token": base.eos_tokens[0].text if base.eos_tokens else None,
+        "pad_token": None,
+        "model_max_length": base.max_context,
+        "vocab_size": base.vocab_size,
+        "chat_template": getattr(base.chat_template, "text", "") or None,
+    }
 
 
 def _chat(body: TokenizeRequest, model: str) -> ChatRequest:

@@ -11,7 +11,7 @@ from loraplex import AsyncClient
 _REMEMBERED: Final = 4096
 
 
-class TokenTexts:
+class VocabularyTexts:
     """Texts of tokens. The vocabulary is the server's, and all callers may know it."""
 
     def __init__(self) -> None:
