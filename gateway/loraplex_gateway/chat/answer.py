@@ -10,7 +10,7 @@ from loraplex_gateway.chat import tooling
 from loraplex_gateway.chat.request import ChatRequest
 from loraplex_gateway.generation import logprobs
 from loraplex_gateway.generation.answers import Head, finish_reason, stop_reason, usage
-from loraplex_gateway.generation.samples import CompletionSample, prompt_ids, samples_of
+from loraplex_gateway.generation.samples import CompletionSample, samples_of
 
 
 def answer(
@@ -30,7 +30,7 @@ def answer(
     if request.prompt_logprobs is not None:
         found["prompt_logprobs"] = logprobs.prompt_logprobs(completion.prompt_logprobs)
     if request.return_token_ids:
-        found["prompt_token_ids"] = prompt_ids(completion)
+        found["prompt_token_ids"] = list(completion.prompt_token_ids)
     return found
 
 

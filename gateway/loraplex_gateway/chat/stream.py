@@ -14,8 +14,6 @@ from loraplex_gateway.generation.answers import Head, finish_reason, stop_reason
 from loraplex_gateway.generation.samples import (
     Call,
     CompletionSample,
-    index_of,
-    prompt_ids,
     samples_of,
 )
 from loraplex_gateway.wire.events import event
@@ -67,7 +65,7 @@ class ChatStream:
         more: dict[str, Any] = {}
         started = self._opened[0].started
         if self._request.return_token_ids and started is not None:
-            more["prompt_token_ids"] = prompt_ids(started)
+            more["prompt_token_ids"] = list(started.prompt_token_ids)
         return b"".join(
             self._event(i, {"role": "assistant", "content": ""}, **more)
             for i in range(self._request.choices)
@@ -75,7 +73,7 @@ class ChatStream:
 
     def _delta(self, delta: Delta) -> bytes:
         """The events of a part; nothing while it is not certain what its text is a part of."""
-        index, request = index_of(delta), self._request
+        index, request = delta.index, self._request
         self._tokens += len(delta.token_ids)
         extra: dict[str, Any] = {}
         if request.logprobs:

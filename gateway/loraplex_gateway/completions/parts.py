@@ -11,7 +11,7 @@ from loraplex_gateway.completions.request import CompletionRequest, Prompt
 from loraplex_gateway.generation import logprobs
 from loraplex_gateway.generation.answers import finish_reason, stop_reason
 from loraplex_gateway.generation.logprobs import TextLogprobs
-from loraplex_gateway.generation.samples import CompletionSample, prompt_ids
+from loraplex_gateway.generation.samples import CompletionSample
 from loraplex_gateway.tokens.texts import VocabularyTexts
 
 
@@ -44,7 +44,7 @@ async def echoed(
     text = prompt if isinstance(prompt, str) else await texts.text(client, prompt)
     if not request.scores_prompt:
         return Echoed(text)
-    ids = prompt_ids(answer) or (prompt if isinstance(prompt, list) else [])
+    ids = answer.prompt_token_ids
     first = await texts.one(client, ids[0]) if ids else ""
     bos = base.bos_token
     put_in_front = bool(ids) and bos is not None and ids[0] == bos.token_id
@@ -95,7 +95,7 @@ class Parts:
         if self._request.prompt_logprobs is not None:
             choice["prompt_logprobs"] = logprobs.prompt_logprobs(answer.prompt_logprobs)
         if self._request.return_token_ids:
-            choice["prompt_token_ids"] = prompt_ids(answer)
+            choice["prompt_token_ids"] = list(answer.prompt_token_ids)
         return {**choice, **self.end(sample)}
 
     def _choice(self, text: str, scored: dict[str, Any] | None) -> dict[str, Any]:

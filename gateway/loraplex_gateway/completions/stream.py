@@ -10,7 +10,7 @@ from loraplex import AsyncStream, Started, Usage
 from loraplex_gateway.completions.parts import Echoed, Parts
 from loraplex_gateway.completions.request import CompletionRequest
 from loraplex_gateway.generation.answers import Head, usage
-from loraplex_gateway.generation.samples import Call, index_of, samples_of
+from loraplex_gateway.generation.samples import Call, samples_of
 from loraplex_gateway.wire.events import event
 from loraplex_gateway.wire.merging import merged
 
@@ -58,7 +58,7 @@ class CompletionStream:
                 events = await self._begin(index, parts, echoes)
             self._tokens += len(delta.token_ids)
             if delta.text or self._request.logprobs is not None or self._request.return_token_ids:
-                events += self._event(parts[index_of(delta)].piece(delta))
+                events += self._event(parts[delta.index].piece(delta))
             if events:
                 yield events
         completion = await opened[0].completion()

@@ -22,9 +22,8 @@ def value(entry: TokenLogprob) -> float:
 
 def raw(entry: TokenLogprob) -> bytes | None:
     """The bytes of a token; None if they are not known."""
-    found = getattr(entry, "raw", b"")
-    if found:
-        return bytes(found)
+    if entry.raw:
+        return entry.raw
     return None if "\N{REPLACEMENT CHARACTER}" in entry.text else entry.text.encode()
 
 

@@ -90,16 +90,4 @@ class Call:
 
 def samples_of(completion: Completion) -> list[CompletionSample]:
     """The first completion of a prompt and its alternatives."""
-    more: Sequence[CompletionSample] = getattr(completion, "alternatives", ())
-    return [completion, *more]
-
-
-def index_of(delta: Delta) -> int:
-    """Which of the completions of a prompt a part belongs to."""
-    found: int = getattr(delta, "index", 0)
-    return found
-
-
-def prompt_ids(answer: Any) -> list[int]:
-    """The tokens of the prompt, if they were asked for; `answer` is a completion or its start."""
-    return list(getattr(answer, "prompt_token_ids", ()))
+    return [completion, *completion.alternatives]

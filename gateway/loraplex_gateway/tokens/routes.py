@@ -35,7 +35,7 @@ def routes(context: Context) -> list[BaseRoute]:
         return reply(await _tokenized(client, body, model, adapter, base.max_context))
 
     async def detokenize(request: Request) -> Response:
-        client: Any = context.client_for(request)
+        client = context.client_for(request)
         limit = context.settings.max_body_bytes
         body = await read(request, DetokenizeRequest, limit, _HARMLESS, _NEUTRAL)
         if body.model:
@@ -64,9 +64,9 @@ async def _tokenized(
         rendered = await rendering(client, model, adapter or None, options, CHAT_PARAMS)
         tokens = list(rendered.token_ids)
     else:
-        served: Any = client
         special = body.add_special_tokens is not False
-        tokens = list((await served.tokenize(body.prompt, special_tokens=special)).token_ids)
+        tokenized = await client.tokenize(body.prompt or "", special_tokens=special)
+        tokens = list(tokenized.token_ids)
     found: dict[str, Any] = {"count": len(tokens), "max_model_len": max_context, "tokens": tokens}
     if body.return_token_strs:
         found["token_strs"] = await _pieces(client, tokens)
@@ -86,7 +86,7 @@ async def _info(client: AsyncClient) -> dict[str, Any]:
         "pad_token": None,
         "model_max_length": base.max_context,
         "vocab_size": base.vocab_size,
-        "chat_template": getattr(base.chat_template, "text", "") or None,
+        "chat_template": (base.chat_template.text if base.chat_template else None) or None,
     }
 
 
@@ -101,7 +101,7 @@ def _chat(body: TokenizeRequest, model: str) -> ChatRequest:
     )
 
 
-async def _pieces(client: Any, tokens: list[int]) -> list[str]:
+async def _pieces(client: AsyncClient, tokens: list[int]) -> list[str]:
     """The text of each token."""
     found = await client.detokenize(tokens, pieces=True)
-    return [bytes(piece).decode("utf-8", "replace") for piece in found.pieces]
+    return [piece.decode("utf-8", "replace") for piece in found.pieces]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 from loraplex import AsyncClient
 
@@ -29,12 +29,10 @@ class VocabularyTexts:
         """The text of tokens, with that of special ones. Raises LoraplexError."""
         if not tokens:
             return ""
-        served: Any = client
-        return str((await served.detokenize(tokens)).text)
+        return (await client.detokenize(tokens)).text
 
     async def plain_tokens(self, client: AsyncClient, prompt: str | list[int]) -> list[int]:
         """The tokens of a text, without one that begins a prompt. Raises LoraplexError."""
         if not isinstance(prompt, str):
             return prompt
-        served: Any = client
-        return list((await served.tokenize(prompt, special_tokens=False)).token_ids)
+        return list((await client.tokenize(prompt, special_tokens=False)).token_ids)
