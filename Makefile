@@ -33,7 +33,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model prometheus demo serve train-adapter test check-observability test-seams test-security test-field test-families check-deploy deploy-rules try-ray test-real test-skew test-sanitized test-triton test-gpu fuzz lint house proto \
-        bench simulate-scale soak bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-auth bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
+        bench simulate-scale soak bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-auth bench-gateway bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
         lock audit sbom clean distclean
 
 help: ## Show this list of targets
@@ -196,6 +196,9 @@ bench-neighbour: setup model ## Measure this server beside busy processes; BEFOR
 
 bench-auth: setup model ## Compare a server that identifies its callers, with an audit log, with one that does not
 	$(BIN)/python bench/bench_auth.py $(ARGS)
+
+bench-gateway: setup model ## Compare streams over HTTP, through the gateway, with streams over gRPC
+	$(BIN)/python bench/bench_gateway.py $(ARGS)
 
 bench-conversion: setup ## Measure memory and time of converting base models of several sizes to NF4
 	$(BIN)/python bench/bench_conversion.py $(ARGS)

@@ -14,7 +14,7 @@ class SettingsError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class GatewaySettings:
     """How the gateway listens, where its server is, and what it allows.
 
     Attributes:
@@ -30,6 +30,7 @@ class Settings:
         max_body_bytes: largest request body; uploads have limits of their own.
         cors_origins: origins whose pages may call; "*" for all.
         request_seconds: longest time of a request on the server.
+        drain_seconds: seconds that running requests have to finish after SIGTERM.
         manages_adapters: whether adapters can be loaded and unloaded over HTTP.
         adapter_root: folder whose folders may be named as adapters' paths; None for none.
         console: whether the console's page is served.
@@ -49,6 +50,7 @@ class Settings:
     max_body_bytes: int = 8 << 20
     cors_origins: tuple[str, ...] = ()
     request_seconds: float = 600.0
+    drain_seconds: float = 30.0
     manages_adapters: bool = True
     adapter_root: Path | None = None
     console: bool = True
@@ -58,6 +60,14 @@ class Settings:
         if (self.certificate is None) != (self.private_key is None):
             missing = "private_key" if self.private_key is None else "certificate"
             raise SettingsError(f"{missing}: is missing; certificate and private_key go together")
+        if not 0 <= self.port <= 65535:
+            raise SettingsError(f"port: {self.port} is no port; ports are 0 to 65535")
+        if self.metrics and not self.metrics.startswith(("http://", "https://")):
+            raise SettingsError("metrics: must be a URL that begins with http:// or https://")
+        if self.max_body_bytes < 1:
+            raise SettingsError("max_body_bytes: must be at least 1")
+        if not 0 <= self.drain_seconds <= 86_400:
+            raise SettingsError("drain_seconds: must be 0 to 86400")
         if self.certificate is None and not self.insecure and not _is_loopback(self.host):
             raise SettingsError(
                 f"host: {self.host} can be reached by others, and HTTP would not be encrypted; "
@@ -72,3 +82,6 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+Settings = GatewaySettings

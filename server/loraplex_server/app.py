@@ -18,12 +18,7 @@ from typing import Any, Final
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Store
 from loraplex_model.ops import build
-from prometheus_client import (
-    CollectorRegistry,
-    GCCollector,
-    PlatformCollector,
-    ProcessCollector,
-)
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from loraplex_server.access.limits.quotas import Quotas
 from loraplex_server.access.principals import Principal
@@ -59,6 +54,7 @@ from loraplex_server.runtime.admin import MetricsServer
 from loraplex_server.runtime.ending import CLOSE_SECONDS, unexpected_end
 from loraplex_server.runtime.failures import StartFailure, needed
 from loraplex_server.runtime.following import follow_principals
+from loraplex_server.runtime.gateway import GatewayProcess
 from loraplex_server.runtime.lanes import Lanes
 from loraplex_server.runtime.loop_lag import watch_event_loop
 from loraplex_server.runtime.shutdown import (
@@ -113,6 +109,7 @@ class Server:
         watch_front(self.metrics, self._lanes, self._gate)
         self._training: JobQueue | None = None
         self._accepting: WatchedTask | None = None
+        self._gateway = GatewayProcess()
         self.addresses = parts.addresses_of(config)
         self.admin_address = Address(config.admin_host, config.admin_port)
 
@@ -129,7 +126,7 @@ class Server:
     def __str__(self) -> str:
         """Where it listens, as the line that tells that it is ready has it."""
         manage = f" manage {self.manage_address}" if self.manage_address is not None else ""
-        return f"grpc {self.address} admin {self.admin_address}{manage}"
+        return f"grpc {self.address} admin {self.admin_address}{manage}{self._gateway}"
 
     async def start(self) -> None:
         """Starts all parts; the server is ready when it returns. Raises StartFailure.
@@ -138,6 +135,8 @@ class Server:
         """
         config = self._config
         self._bind()
+        self._close_later(PART_SECONDS, "the gateway does not stop", self._gateway.stop)
+        await self._gateway.start(config, self._rpc, self.admin_address)
         self.metrics.trace_to(config.otlp_endpoint)
         self._close_later(PART_SECONDS, "the last spans stay behind", self.metrics.tracing.close)
         if self._directory is not None:
@@ -213,6 +212,7 @@ class Server:
         self._accepting = WatchedTask(self._rpc.stopped(), "acceptance of calls")
         # Stopped before engine and store are closed, because running calls use them.
         self._close_later(PART_SECONDS, "the connections do not close", self._stop_rpc)
+        self._close_later(PART_SECONDS, "the gateway does not stop", self._gateway.stop)
 
     async def drain(self) -> None:
         """Refuses new calls and waits for running ones, which end at the drain timeout."""

@@ -90,6 +90,10 @@ class ServerSettings(BaseSettings):
     on host; if empty, host serves all calls."""
     manage_port: Port = 50052
     """Port on manage_host; 0 picks a free one."""
+    gateway: str = ""
+    """Address (HOST:PORT) of the HTTP gateway, which speaks OpenAI's interface; port 0 picks a free
+    one. It is a process of its own that starts and ends with the server; if empty, there is none.
+    """
     max_connections: int = Field(1024, ge=1, le=1 << 20)
     """Most connections to the gRPC port; further ones are closed at once."""
     reflection: bool = True

@@ -129,6 +129,7 @@ def test_the_table_of_what_clients_may_hold_is_the_codes() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_metric_that_a_document_mentions_exists(document: Path) -> None:
     known = exposition.series_names() | exposition.families().keys()
+    known |= exposition.gateway_families().keys()
     assert exposition.mentioned(document.read_text()) <= known
 
 
@@ -219,7 +220,7 @@ def test_every_test_that_the_guarantees_name_exists(document: str) -> None:
 
 
 def test_every_file_that_a_document_names_exists() -> None:
-    folders = "adapters|bench|client|deploy|docs|examples|model|proto|scripts|server|tests|training"
+    folders = "adapters|bench|client|deploy|docs|examples|gateway|model|proto|scripts|server|tests|training"
     for document in DOCUMENTS:
         for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", document.read_text()):
             assert (ROOT / name).exists(), f"{document.name}: {name}"
