@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from loraplex_gateway import errors, health
+from loraplex_gateway import adapters, errors, health
 from loraplex_gateway.context import Context
 from loraplex_gateway.errors import ApiError
 from loraplex_gateway.models import routes as models
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 PARTS: Final[tuple[Callable[[Context], list[BaseRoute]], ...]] = (
     health.routes,
     models.routes,
+    adapters.routes,
 )
 """The parts of the interface. Each returns its routes."""
 
@@ -47,7 +48,7 @@ def build(settings: Settings) -> Starlette:
             Middleware(
                 CORSMiddleware,
                 allow_origins=settings.cors_origins,
-                allow_methods=["GET", "POST", "DELETE"],
+                allow_methods=["GET", "POST", "PUT", "DELETE"],
                 allow_headers=["authorization", "content-type"],
             )
         )

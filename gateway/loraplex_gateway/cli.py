@@ -32,9 +32,7 @@ def run(
     target: Annotated[
         str, _option("gRPC address of the Loraplex server.", "target")
     ] = DEFAULT_TARGET,
-    tls: Annotated[
-        bool, _option("Encrypt the connection to the Loraplex server.", "tls")
-    ] = False,
+    tls: Annotated[bool, _option("Encrypt the connection to the Loraplex server.", "tls")] = False,
     ca: Annotated[
         Path | None,
         _option("PEM file with the authorities of the Loraplex server's certificate.", "ca"),
@@ -61,6 +59,28 @@ def run(
     metrics: Annotated[
         str, _option("URL of the Loraplex server's metrics, passed on as /metrics.", "metrics")
     ] = "",
+    manages_adapters: Annotated[
+        bool,
+        typer.Option(
+            "--manages-adapters/--no-manages-adapters",
+            help="Let callers load, change and unload adapters over HTTP, as their keys allow.",
+            envvar="LORAPLEX_GATEWAY_MANAGES_ADAPTERS",
+        ),
+    ] = True,
+    adapter_root: Annotated[
+        Path | None,
+        _option("Folder whose folders may be named as paths of adapters.", "adapter-root"),
+    ] = None,
+    import_root: Annotated[
+        str,
+        _option("Path below which callers name folders of the server.", "import-root"),
+    ] = "",
+    allow_source: Annotated[
+        list[str] | None,
+        _option("Prefix of URIs to fetch adapters from; may be repeated.", "allow-source"),
+    ] = None,
+    max_upload_bytes: Annotated[int, _option("Most bytes of an adapter.", "max-upload-bytes")] = 4
+    << 30,
     cors_origin: Annotated[
         list[str] | None,
         _option("Origin whose pages may call the gateway; may be repeated.", "cors-origin"),
@@ -79,6 +99,11 @@ def run(
         insecure=insecure,
         served_names=tuple(served_model_name or ()),
         metrics=metrics,
+        manages_adapters=manages_adapters,
+        adapter_root=adapter_root,
+        import_root=import_root,
+        allow_sources=tuple(allow_source or ()),
+        max_upload_bytes=max_upload_bytes,
         cors_origins=tuple(cors_origin or ()),
     )
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from loraplex import channel
-from loraplex.cli import adapters, chat, generate, health, model, terminal, train
+from loraplex.cli import adapters, chat, generate, health, model, pull, terminal, train
 from loraplex.cli.command import add_root_options, command
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ command(app, "chat", json=False)(chat.chat)
 command(app, "model")(model.model)
 command(app, "render")(model.render)
 app.add_typer(adapters.app)
+app.command("pull")(pull.pull)
 app.add_typer(train.app)
 command(app, "health", timeout=channel.HEALTH_TIMEOUT, with_key=False)(health.health)
 
