@@ -8,12 +8,14 @@ import sys
 import typer
 from loraplex_model.base.terminal import adapt_output
 
+from loraplex_server.declared.named import spread
+
 
 def main() -> None:
     """The console script. An error that nothing has handled is logged, and is an exit code too."""
     adapt_output()
     try:
-        _program()()
+        _program()(args=spread(sys.argv[1:]))
     except Exception as error:
         from loraplex_server.runtime.failures import unexpected
 
