@@ -113,8 +113,7 @@ class AllowList:
         text = str(address)
         return any(
             text == prefix
-            or (text.startswith(prefix)
-            and (prefix.endswith("/") or text[len(prefix)] in "/@:"))
+            or (text.startswith(prefix) and (prefix.endswith("/") or text[len(prefix)] in "/@:"))
             for prefix in self._prefixes
         )
 

@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol
 
@@ -72,12 +72,20 @@ def opened(address: Address) -> RemoteFolder:
 
 @dataclass(frozen=True, slots=True)
 class StoredFolder:
-    """A folder of one of fsspec's file systems: of a hub or a bucket."""
+    """A folder of one of fsspec's file systems: of a hub or a bucket.
+
+    Attributes:
+        filesystem, path: the file system, and the folder's path in it.
+        shown: the address.
+        block_size: bytes that are asked for at once; 0 asks for a whole file.
+        is_fixed: whether its files never change, as those of a commit.
+    """
 
     filesystem: Any
     path: str
     shown: str
-    stream: dict[str, Any] = field(default_factory=lambda: {"block_size": 8 << 20})
+    block_size: int = 8 << 20
+    is_fixed: bool = False
 
     def files(self) -> Sequence[RemoteFile]:
         with _asked(self.shown):
@@ -89,11 +97,15 @@ class StoredFolder:
     def reading(self, file: RemoteFile) -> Iterator[BinaryIO]:
         with (
             _asked(self.shown),
-            self.filesystem.open(f"{self.path}/{file.name}", "rb", **self.stream) as pieces,
+            self.filesystem.open(
+                f"{self.path}/{file.name}", "rb", block_size=self.block_size
+            ) as pieces,
         ):
             yield pieces
 
     def unchanged(self, file: RemoteFile) -> bool:
+        if self.is_fixed:
+            return True
         with _asked(self.shown):
             now = self.filesystem.info(f"{self.path}/{file.name}", refresh=True)
         return _listed(now) == file
@@ -142,14 +154,16 @@ def _of_hub(address: Address) -> StoredFolder:
         from huggingface_hub import HfApi, HfFileSystem
     except ImportError:
         raise _missing("huggingface-hub") from None
+    endpoint = os.environ.get("HF_ENDPOINT") or None
     with _asked(str(address)):
-        commit = HfApi().repo_info(address.place, revision=address.revision or None).sha
+        commit = HfApi(endpoint).repo_info(address.place, revision=address.revision or None).sha
     if not commit:
         raise PullFailed(f"{address}: the hub names no commit")
     place = f"{address.place}@{commit}"
     path = f"{place}/{address.path}" if address.path else place
     shown = str(Address("hf", address.place, address.path, commit))
-    return StoredFolder(HfFileSystem(use_listings_cache=False), path, shown, {"block_size": 0})
+    hub = HfFileSystem(endpoint=endpoint, use_listings_cache=False, skip_instance_cache=True)
+    return StoredFolder(hub, path, shown, block_size=0, is_fixed=True)
 
 
 def _filesystem(protocol: str, package: str) -> Any:
