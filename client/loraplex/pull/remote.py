@@ -190,19 +190,15 @@ def _asked(shown: str) -> Iterator[None]:
         yield
     except PullFailed:
         raise
-    except FileNotFoundError:
-        raise PullFailed(f"{shown} does not exist, or its credentials do not show it") from None
-    except PermissionError:
-        raise PullFailed(f"{shown} may not be read with the credentials there are") from None
     except Exception as error:
-        raise PullFailed(f"{shown} cannot be read: {_cause(error)}") from None
-
-
-def _cause(error: Exception) -> str:
-    """A short reason without anything that the other side sent, except a status."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    kind = type(error).__name__
-    return f"{kind} (status {status})" if isinstance(status, int) else kind
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status == 404 or isinstance(error, FileNotFoundError):
+            text = "does not exist, or the credentials do not show it"
+        elif status in (401, 403) or isinstance(error, PermissionError):
+            text = "may not be read with the credentials that there are"
+        else:
+            text = f"cannot be read: {type(error).__name__}" + (f", {status}" if status else "")
+        raise PullFailed(f"{shown} {text}") from None
 
 
 def _key(address: Address) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
@@ -32,7 +32,7 @@ def routes(context: Context) -> list[BaseRoute]:
         return JSONResponse(describe.many(found))
 
     async def watched(request: Request) -> Response:
-        return EventStream(_changes(context.client_for(request)), last=b"")
+        return EventStream(changes(context.client_for(request)), last=b"")
 
     async def all_aliases(request: Request) -> Response:
         aliases = await _aliases(context.client_for(request))
@@ -59,7 +59,7 @@ def labels_of(terms: list[str]) -> dict[str, str]:
     return found
 
 
-async def _changes(client: AsyncClient) -> AsyncIterator[bytes]:
+async def changes(client: AsyncClient) -> AsyncGenerator[bytes, None]:
     """The table of adapters and its changes as events."""
     async with client.watch_adapters() as items:
         async for item in items:
