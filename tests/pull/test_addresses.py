@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from loraplex.pull import Address, AddressInvalid, AllowList
+from loraplex.sources import AdapterAddress, AddressInvalid, AllowList
 
 GOOD = {
     "hf://org/name": "hf://org/name",
@@ -33,14 +33,14 @@ BAD = [
 
 @pytest.mark.parametrize("text", GOOD)
 def test_an_address_has_one_form(text: str) -> None:
-    assert str(Address.parse(text)) == GOOD[text]
-    assert Address.parse(GOOD[text]) == Address.parse(text)
+    assert str(AdapterAddress.parse(text)) == GOOD[text]
+    assert AdapterAddress.parse(GOOD[text]) == AdapterAddress.parse(text)
 
 
 @pytest.mark.parametrize("text", BAD)
 def test_what_could_mean_something_else_is_no_address(text: str) -> None:
     with pytest.raises(AddressInvalid) as refused:
-        Address.parse(text)
+        AdapterAddress.parse(text)
     assert "secret" not in str(refused.value)
 
 
@@ -71,11 +71,11 @@ def test_what_could_mean_something_else_is_no_address(text: str) -> None:
     ],
 )
 def test_a_prefix_ends_where_a_part_ends(prefix: str, text: str, is_allowed: bool) -> None:
-    assert (Address.parse(text) in AllowList([prefix])) is is_allowed
+    assert (AdapterAddress.parse(text) in AllowList([prefix])) is is_allowed
 
 
 def test_without_prefixes_nothing_is_allowed_and_bad_ones_are_refused() -> None:
-    assert Address.parse("hf://org/name") not in AllowList([])
+    assert AdapterAddress.parse("hf://org/name") not in AllowList([])
     for prefix in ("", "org", "http://x", "s3://b/../c", "s3://key:secret@b", "hf://*"):
         with pytest.raises(AddressInvalid):
             AllowList([prefix])

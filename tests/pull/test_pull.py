@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from loraplex.cli import app
-from loraplex.pull import Address, PullFailed, fetching, pull, remote
+from loraplex.sources import AdapterAddress, PullFailed, fetching, pull, remote
 from loraplex.uploads import Files
 from pull import bucket, fake_hub
 from rpc.harness import write_adapter
@@ -54,19 +54,19 @@ def test_a_folder_is_fetched_whole_and_only_the_adapters_files(
     adapter: Path, tmp_path: Path
 ) -> None:
     (adapter / "chat_template.jinja").write_text("{{ messages }}")
-    done = pull(Address.parse(f"file://{adapter}"), tmp_path / "into", "a")
+    done = pull(AdapterAddress.parse(f"file://{adapter}"), tmp_path / "into", "a")
     assert done.digest == Files.read(adapter).digest == Files.read(done.folder).digest
     assert tree(tmp_path / "into") == sorted(
         ["a", *(f"a/{name}" for name in [*NAMES, "chat_template.jinja"])]
     )
-    again = pull(Address.parse(f"file://{adapter}"), tmp_path / "into", "a")
+    again = pull(AdapterAddress.parse(f"file://{adapter}"), tmp_path / "into", "a")
     assert (done.changed, again.changed) == (True, False)
 
 
 def test_other_files_take_the_place_only_if_that_is_wanted(adapter: Path, tmp_path: Path) -> None:
     other = write_adapter(tmp_path / "other", seed=1)
-    first = pull(Address.parse(f"file://{adapter}"), tmp_path / "into", "a")
-    address = Address.parse(f"file://{other}")
+    first = pull(AdapterAddress.parse(f"file://{adapter}"), tmp_path / "into", "a")
+    address = AdapterAddress.parse(f"file://{other}")
     with pytest.raises(PullFailed, match="has other files"):
         pull(address, tmp_path / "into", "a")
     assert Files.read(first.folder).digest == first.digest
@@ -92,7 +92,7 @@ def test_what_is_no_plain_adapter_leaves_nothing(adapter: Path, tmp_path: Path, 
             weights.write_bytes(b"\x80\x04" + b"x" * 100)
     limit = 100 if fault == "large" else fetching.MAX_BYTES
     with pytest.raises(PullFailed):
-        pull(Address.parse(f"file://{adapter}"), tmp_path / "into", "a", max_bytes=limit)
+        pull(AdapterAddress.parse(f"file://{adapter}"), tmp_path / "into", "a", max_bytes=limit)
     assert not (tmp_path / "into").exists() or tree(tmp_path / "into") == []
 
 
@@ -108,7 +108,7 @@ def test_a_file_that_changes_while_it_is_fetched_is_refused(
 
     monkeypatch.setattr(remote.LocalFolder, "unchanged", change)
     with pytest.raises(PullFailed, match="changed while it was fetched"):
-        pull(Address.parse(f"file://{adapter}"), tmp_path / "into", "a")
+        pull(AdapterAddress.parse(f"file://{adapter}"), tmp_path / "into", "a")
     assert tree(tmp_path / "into") == []
 
 
@@ -202,7 +202,7 @@ def test_a_package_that_is_missing_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(PullFailed, match=r"gcsfs is not installed: pip install 'loraplex\[pull\]'"):
-        pull(Address.parse("gs://bucket/a"), tmp_path / "into", "a")
+        pull(AdapterAddress.parse("gs://bucket/a"), tmp_path / "into", "a")
 
 
 def test_only_allowed_prefixes_and_plain_names_are_taken(adapter: Path, tmp_path: Path) -> None:

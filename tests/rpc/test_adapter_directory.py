@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from loraplex.foreign_ids import name_of
+from loraplex.sources.foreign_ids import name_of
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.declared.directory import DirectoryWatch

@@ -12,9 +12,9 @@ import typer
 from loraplex.cli import output
 from loraplex.cli.options import Json, option
 from loraplex.cli.session import ExitStatus
-from loraplex.pull import Address, AddressInvalid, AllowList, PullFailed
-from loraplex.pull import pull as fetch
-from loraplex.pull.fetching import MAX_BYTES
+from loraplex.sources import AdapterAddress, AddressInvalid, AllowList, PullFailed
+from loraplex.sources import pull as fetch
+from loraplex.sources.fetching import MAX_BYTES
 
 _FOLDER = "Folder"
 _SOURCE = "Source"
@@ -60,13 +60,11 @@ def pull(
     and signature are fetched. Credentials come from the environment (HF_TOKEN, AWS_..., ...).
     """
     try:
-        found = Address.parse(address)
+        found = AdapterAddress.parse(address)
         if allow is not None and found not in AllowList(allow):
             raise AddressInvalid(f"it does not begin with an allowed prefix: {AllowList(allow)}")
-        folder = name or found.last
-        if folder != Path(folder).name or folder.startswith(".") or not folder.isprintable():
-            raise AddressInvalid(f"--name {folder!r} is not the name of a folder")
-    except ValueError as error:
+        folder = _folder(name or found.last)
+    except AddressInvalid as error:
         _complain(f"{address}: {error}")
         raise typer.Exit(ExitStatus.USAGE) from None
     try:
@@ -74,14 +72,18 @@ def pull(
     except PullFailed as error:
         _complain(str(error))
         raise typer.Exit(ExitStatus.REFUSED) from None
-    except KeyboardInterrupt:
-        _complain("cancelled")
-        raise typer.Exit(ExitStatus.INTERRUPTED) from None
     if as_json:
         output.write_json({**dataclasses.asdict(done), "folder": str(done.folder)})
     else:
         state = "" if done.changed else " (no change)"
         print(f"{done.folder} {done.digest}{state}")
+
+
+def _folder(name: str) -> str:
+    """The name of the folder to make. Raises AddressInvalid."""
+    if name != Path(name).name or name.startswith(".") or not name.isprintable():
+        raise AddressInvalid(f"{name!r} is not the name of a folder; give one with --name")
+    return name
 
 
 def _complain(text: str) -> None:

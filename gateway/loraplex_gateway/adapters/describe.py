@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 from loraplex import AdapterInfo, Registration, Validation
-from loraplex.foreign_ids import MODEL_ID_LABEL
+from loraplex.sources.foreign_ids import MODEL_ID_LABEL
 
 
 def adapter(info: AdapterInfo) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from loraplex_gateway.adapters import describe, uploading
-from loraplex_gateway.adapters.arrivals import Arrivals, Order
+from loraplex_gateway.adapters.orders import AdapterOrders, Order
 from loraplex_gateway.context import Context
 from loraplex_gateway.errors import ApiError
 from loraplex_gateway.wire import bodies
@@ -48,16 +48,21 @@ class LabelBody(msgspec.Struct):
     remove: list[str] = []
 
 
-def routes(context: Context, arrivals: Arrivals) -> list[BaseRoute]:
+def routes(context: Context, orders: AdapterOrders) -> list[BaseRoute]:
+    return [*_naming(context, orders), *_moving(context)]
+
+
+def _naming(context: Context, orders: AdapterOrders) -> list[BaseRoute]:
+    """Registers and deletes adapters, and changes their labels."""
     limit = context.settings.max_body_bytes
 
     async def register(request: Request) -> Response:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == _UPLOAD:
-            return await uploading.receive(context, arrivals, request)
+            return await uploading.receive(context, orders, request)
         body = await bodies.read(request, RegistrationBody, limit)
         if body.validate_only:
-            report = await arrivals.validate(request, body.source, "source")
+            report = await orders.validate(request, body.source, "source")
             return JSONResponse(describe.validation(report))
         order = Order(
             body.name,
@@ -67,7 +72,7 @@ def routes(context: Context, arrivals: Arrivals) -> list[BaseRoute]:
             chat_template=body.chat_template,
             eos_token_ids=tuple(body.eos_token_ids),
         )
-        done = await arrivals.register(request, order, body.source, "source")
+        done = await orders.register(request, order, body.source, "source")
         return JSONResponse(describe.registration(done), 201 if done.created else 200)
 
     async def delete(request: Request) -> Response:
@@ -78,7 +83,7 @@ def routes(context: Context, arrivals: Arrivals) -> list[BaseRoute]:
 
     async def delete_model(request: Request) -> Response:
         model = request.path_params["model"]
-        await arrivals.remove(request, model)
+        await orders.remove(request, model)
         return JSONResponse(describe.deleted(model, "model"))
 
     async def label(request: Request) -> Response:
@@ -87,6 +92,18 @@ def routes(context: Context, arrivals: Arrivals) -> list[BaseRoute]:
         found = await client.label_adapter(adapter, body.set, remove=body.remove)
         context.ids.forget()
         return JSONResponse(describe.adapter(found))
+
+    return [
+        Route("/v1/adapters", register, methods=["POST"]),
+        Route("/v1/adapters/{adapter}", delete, methods=["DELETE"]),
+        Route("/v1/adapters/{adapter}/labels", label, methods=["POST"]),
+        Route("/v1/models/{model:path}", delete_model, methods=["DELETE"]),
+    ]
+
+
+def _moving(context: Context) -> list[BaseRoute]:
+    """Moves adapters between the store and the device."""
+    limit = context.settings.max_body_bytes
 
     async def unload(request: Request) -> Response:
         data = await bodies.body_of(request, limit)
@@ -115,9 +132,6 @@ def routes(context: Context, arrivals: Arrivals) -> list[BaseRoute]:
             context.ids.forget()
 
     return [
-        Route("/v1/adapters", register, methods=["POST"]),
-        Route("/v1/adapters/{adapter}", delete, methods=["DELETE"]),
-        Route("/v1/adapters/{adapter}/labels", label, methods=["POST"]),
         Route("/v1/adapters/{adapter}/unload", unload, methods=["POST"]),
         moves("load", lambda client, name: client.load_adapter(name)),
         moves("pin", lambda client, name: client.pin_adapter(name)),
@@ -125,5 +139,4 @@ def routes(context: Context, arrivals: Arrivals) -> list[BaseRoute]:
         moves("merge", lambda client, name: client.merge_adapter(name)),
         moves("unmerge", lambda client, name: client.unmerge_adapter(name)),
         moves("restore", restore),
-        Route("/v1/models/{model:path}", delete_model, methods=["DELETE"]),
     ]

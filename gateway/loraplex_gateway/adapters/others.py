@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Route
 
 from loraplex_gateway import errors
 from loraplex_gateway.adapters import describe
-from loraplex_gateway.adapters.arrivals import Arrivals, Order
+from loraplex_gateway.adapters.orders import AdapterOrders, Order
 from loraplex_gateway.context import Context
 from loraplex_gateway.errors import ApiError
 from loraplex_gateway.wire import bodies
@@ -80,27 +80,27 @@ _IGNORED: Final = bodies.HARMLESS | {
 }  # fmt: skip
 
 
-def routes(context: Context, arrivals: Arrivals) -> list[BaseRoute]:
+def routes(context: Context, orders: AdapterOrders) -> list[BaseRoute]:
     return [
-        *_vllm(context, arrivals),
-        *_sglang(context, arrivals),
-        *_aibrix(context, arrivals),
-        *_dynamo(context, arrivals),
+        *_vllm(context, orders),
+        *_sglang(context, orders),
+        *_aibrix(context, orders),
+        *_dynamo(context, orders),
     ]
 
 
-def _vllm(context: Context, arrivals: Arrivals) -> list[BaseRoute]:
+def _vllm(context: Context, orders: AdapterOrders) -> list[BaseRoute]:
     limit = context.settings.max_body_bytes
 
     async def load(request: Request) -> Response:
         body = await bodies.read(request, VllmLoad, limit, _IGNORED)
         order = Order(body.lora_name, body.load_inplace)
-        await arrivals.register(request, order, body.lora_path, "lora_path")
+        await orders.register(request, order, body.lora_path, "lora_path")
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(request: Request) -> Response:
         body = await bodies.read(request, AdapterName, limit, _IGNORED)
-        await arrivals.remove(request, body.lora_name)
+        await orders.remove(request, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     return [
@@ -109,19 +109,19 @@ def _vllm(context: Context, arrivals: Arrivals) -> list[BaseRoute]:
     ]
 
 
-def _sglang(context: Context, arrivals: Arrivals) -> list[BaseRoute]:
+def _sglang(context: Context, orders: AdapterOrders) -> list[BaseRoute]:
     limit = context.settings.max_body_bytes
 
     async def load(request: Request) -> Response:
         body = await bodies.read(request, SglangLoad, limit, _IGNORED)
-        done = await arrivals.register(request, Order(body.lora_name), body.lora_path, "lora_path")
+        done = await orders.register(request, Order(body.lora_name), body.lora_path, "lora_path")
         if body.pinned:
             await context.client_for(request).pin_adapter(done.adapter.name)
         return await loaded(request)
 
     async def unload(request: Request) -> Response:
         body = await bodies.read(request, AdapterName, limit, _IGNORED)
-        await arrivals.remove(request, body.lora_name)
+        await orders.remove(request, body.lora_name)
         return await loaded(request)
 
     async def loaded(request: Request) -> Response:
@@ -136,7 +136,7 @@ def _sglang(context: Context, arrivals: Arrivals) -> list[BaseRoute]:
     ]
 
 
-def _aibrix(context: Context, arrivals: Arrivals) -> list[BaseRoute]:
+def _aibrix(context: Context, orders: AdapterOrders) -> list[BaseRoute]:
     limit = context.settings.max_body_bytes
 
     async def load(request: Request) -> Response:
@@ -144,12 +144,12 @@ def _aibrix(context: Context, arrivals: Arrivals) -> list[BaseRoute]:
         if body.credentials:
             text = "credentials are not taken from requests; set them in the gateway's environment"
             raise ApiError(400, text, param="credentials")
-        await arrivals.register(request, Order(body.lora_name), body.artifact_url, "artifact_url")
+        await orders.register(request, Order(body.lora_name), body.artifact_url, "artifact_url")
         return _done(body.lora_name, "loaded")
 
     async def unload(request: Request) -> Response:
         body = await bodies.read(request, AdapterName, limit, _IGNORED)
-        await arrivals.remove(request, body.lora_name)
+        await orders.remove(request, body.lora_name)
         return _done(body.lora_name, "unloaded")
 
     return [
@@ -158,13 +158,13 @@ def _aibrix(context: Context, arrivals: Arrivals) -> list[BaseRoute]:
     ]
 
 
-def _dynamo(context: Context, arrivals: Arrivals) -> list[BaseRoute]:
+def _dynamo(context: Context, orders: AdapterOrders) -> list[BaseRoute]:
     limit = context.settings.max_body_bytes
 
     async def load(request: Request) -> Response:
         body = await bodies.read(request, DynamoLoad, limit, _IGNORED)
         order, uri = Order(body.lora_name), body.source.uri
-        await arrivals.register(request, order, uri, "source.uri")
+        await orders.register(request, order, uri, "source.uri")
         return _done(body.lora_name, "loaded")
 
     async def listed(request: Request) -> Response:
@@ -174,7 +174,7 @@ def _dynamo(context: Context, arrivals: Arrivals) -> list[BaseRoute]:
 
     async def unload(request: Request) -> Response:
         model = request.path_params["model"]
-        await arrivals.remove(request, model)
+        await orders.remove(request, model)
         return _done(model, "unloaded")
 
     return [

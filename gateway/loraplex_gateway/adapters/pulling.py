@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from loraplex.pull import Address, AllowList
+from loraplex.sources import AdapterAddress, AllowList
 
 from loraplex_gateway.errors import ApiError
 from loraplex_gateway.settings import Settings
@@ -37,7 +37,7 @@ class Puller:
         self._places = asyncio.Semaphore(MOST_AT_ONCE)
 
     @asynccontextmanager
-    async def pulled(self, address: Address) -> AsyncIterator[Path]:
+    async def pulled(self, address: AdapterAddress) -> AsyncIterator[Path]:
         """The folder with the adapter's files, which is removed at the end.
 
         Raises ApiError: 400 if the adapter cannot be fetched, 504 if it takes too long.
@@ -47,7 +47,7 @@ class Puller:
                 await self._run(address, place)
                 yield Path(place, _NAME)
 
-    async def _run(self, address: Address, place: str) -> None:
+    async def _run(self, address: AdapterAddress, place: str) -> None:
         command = [sys.executable, "-m", "loraplex", "pull", str(address), "--into", place]
         command += ["--name", _NAME, "--max-bytes", str(self._settings.max_upload_bytes)]
         process = await asyncio.create_subprocess_exec(

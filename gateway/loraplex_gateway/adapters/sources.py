@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from loraplex.pull import Address, AddressInvalid, AllowList
+from loraplex.sources import AdapterAddress, AddressInvalid, AllowList
 from loraplex.uploads import CONFIG_FILE, WEIGHTS_FILE
 
 from loraplex_gateway.errors import ApiError
@@ -39,7 +39,7 @@ class SentFolder:
 class RemoteAddress:
     """An address that is fetched first."""
 
-    address: Address
+    address: AdapterAddress
 
 
 AdapterSource: TypeAlias = ImportedPath | SentFolder | RemoteAddress
@@ -79,7 +79,7 @@ class Sources:
 
     def _of_uri(self, text: str, param: str) -> AdapterSource:
         try:
-            address = Address.parse(text)
+            address = AdapterAddress.parse(text)
         except AddressInvalid as error:
             raise ApiError(400, f"{param}: {error}", param=param) from None
         if address.scheme == "file":
@@ -132,10 +132,10 @@ def _is_below(root: Path, path: Path) -> bool:
     return Path(os.path.realpath(root)) in Path(os.path.realpath(path)).parents
 
 
-def _hub_id(text: str) -> Address | None:
+def _hub_id(text: str) -> AdapterAddress | None:
     """The address of "org/name[@revision]"; None for any other text."""
     try:
-        return Address.parse(f"hf://{text}")
+        return AdapterAddress.parse(f"hf://{text}")
     except AddressInvalid:
         return None
 

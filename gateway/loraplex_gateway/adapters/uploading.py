@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from loraplex_gateway.adapters import describe
-from loraplex_gateway.adapters.arrivals import Arrivals, Order, discard
+from loraplex_gateway.adapters.orders import AdapterOrders, Order, discard
 from loraplex_gateway.adapters.sources import MAX_CONFIG_BYTES
 from loraplex_gateway.context import Context
 from loraplex_gateway.errors import ApiError
@@ -48,7 +48,7 @@ class UploadForm(msgspec.Struct):
     validate_only: bool = False
 
 
-async def receive(context: Context, arrivals: Arrivals, request: Request) -> Response:
+async def receive(context: Context, orders: AdapterOrders, request: Request) -> Response:
     """Registers or checks the adapter in a form. Raises ApiError and LoraplexError.
 
     An upload is begun at the server before the first byte is read, so that a caller who may not
@@ -59,7 +59,7 @@ async def receive(context: Context, arrivals: Arrivals, request: Request) -> Res
     try:
         form = await _parsed(request, context.settings.max_upload_bytes)
         try:
-            return await _taken(arrivals, client, form, upload_id)
+            return await _taken(orders, client, form, upload_id)
         finally:
             await form.close()
     finally:
@@ -67,7 +67,7 @@ async def receive(context: Context, arrivals: Arrivals, request: Request) -> Res
 
 
 async def _taken(
-    arrivals: Arrivals, client: AsyncClient, form: FormData, upload_id: str
+    orders: AdapterOrders, client: AsyncClient, form: FormData, upload_id: str
 ) -> Response:
     """Sends the form's files to the server, which registers or checks them."""
     fields = _fields(form)
@@ -76,10 +76,10 @@ async def _taken(
         await asyncio.to_thread(_lay_out, form, folder)
         try:
             if fields.validate_only:
-                report = await arrivals.examine(client, folder, upload_id)
+                report = await orders.examine(client, folder, upload_id)
                 return JSONResponse(describe.validation(report))
-            name, order = await arrivals.named(client, _order(fields))
-            done = await arrivals.send(client, name, folder, order, upload_id)
+            name, order = await orders.named(client, _order(fields))
+            done = await orders.send(client, name, folder, order, upload_id)
         except AdapterRejected as error:
             raise _without(folder, error) from None
     return JSONResponse(describe.registration(done), 201 if done.created else 200)

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
-from loraplex.foreign_ids import name_of
+from loraplex.sources.foreign_ids import name_of
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE, open_below
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -191,7 +191,7 @@ class DirectoryWatch:
 def _listing(root: Path) -> tuple[tuple[int, int], dict[str, Mark]]:
     """The directory's own place, and the marks of its folders by name. Raises OSError."""
     status = os.stat(root)
-    found = {}
+    found: dict[str, Mark] = {}
     with os.scandir(root) as entries:
         for entry in entries:
             is_shown = not entry.name.startswith(".") and entry.name != "lost+found"

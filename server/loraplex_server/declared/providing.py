@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
-from loraplex.foreign_ids import SOURCE_LABEL, name_of
+from loraplex.sources.foreign_ids import SOURCE_LABEL, name_of
 from loraplex_adapters.format.digest import AdapterDigest
 from loraplex_adapters.format.files import Directory, opened
 from loraplex_adapters.signing import MAX_BUNDLE_BYTES

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol
 
-from loraplex.pull.addresses import Address
+from loraplex.sources.addresses import AdapterAddress
 
 MAX_LISTED: Final = 1000
 """Most entries of a folder that are looked at."""
@@ -58,7 +58,7 @@ class RemoteFolder(Protocol):
         """Whether the file is still what was listed."""
 
 
-def opened(address: Address) -> RemoteFolder:
+def opened(address: AdapterAddress) -> RemoteFolder:
     """The folder at an address. Raises PullFailed: no such place, or a package is missing."""
     match address.scheme:
         case "hf":
@@ -148,7 +148,7 @@ class LocalFolder:
             return False
 
 
-def _of_hub(address: Address) -> StoredFolder:
+def _of_hub(address: AdapterAddress) -> StoredFolder:
     """The folder at one commit of a hub's repository, so that its files belong together."""
     try:
         from huggingface_hub import HfApi, HfFileSystem
@@ -161,7 +161,7 @@ def _of_hub(address: Address) -> StoredFolder:
         raise PullFailed(f"{address}: the hub names no commit")
     place = f"{address.place}@{commit}"
     path = f"{place}/{address.path}" if address.path else place
-    shown = str(Address("hf", address.place, address.path, commit))
+    shown = str(AdapterAddress("hf", address.place, address.path, commit))
     hub = HfFileSystem(endpoint=endpoint, use_listings_cache=False, skip_instance_cache=True)
     return StoredFolder(hub, path, shown, block_size=0, is_fixed=True)
 
@@ -169,7 +169,7 @@ def _of_hub(address: Address) -> StoredFolder:
 def _filesystem(protocol: str, package: str) -> Any:
     """The file system of a bucket, with the credentials and end points of the environment."""
     try:
-        import fsspec
+        import fsspec  # type: ignore[import-untyped]
 
         return fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True)
     except ImportError:
@@ -201,7 +201,7 @@ def _asked(shown: str) -> Iterator[None]:
         raise PullFailed(f"{shown} {text}") from None
 
 
-def _key(address: Address) -> str:
+def _key(address: AdapterAddress) -> str:
     return f"{address.place}/{address.path}" if address.path else address.place
 
 

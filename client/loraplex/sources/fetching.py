@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Final
 
 from loraplex.errors import LoraplexError
-from loraplex.pull import remote
-from loraplex.pull.addresses import Address
-from loraplex.pull.remote import PullFailed, RemoteFile, RemoteFolder
+from loraplex.sources import remote
+from loraplex.sources.addresses import AdapterAddress
+from loraplex.sources.remote import PullFailed, RemoteFile, RemoteFolder
 from loraplex.uploads import CONFIG_FILE, WEIGHTS_FILE, Files
 
 MAX_BYTES: Final = 4 << 30
@@ -46,7 +46,7 @@ class Pulled:
 
 
 def pull(
-    address: Address,
+    address: AdapterAddress,
     into: Path,
     name: str,
     *,
@@ -115,7 +115,7 @@ def _fetch(source: RemoteFolder, file: RemoteFile, to: Path) -> None:
         raise PullFailed(f"{file.name} changed while it was fetched; try again")
 
 
-def _digest(folder: Path, address: Address) -> str:
+def _digest(folder: Path, address: AdapterAddress) -> str:
     """The digest of the fetched adapter. Raises PullFailed if the files cannot be an adapter."""
     try:
         return Files.read(folder).digest

@@ -32,7 +32,7 @@ class AddressInvalid(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
+class AdapterAddress:
     """Where an adapter is.
 
     Attributes:
@@ -48,7 +48,7 @@ class Address:
     revision: str = ""
 
     @classmethod
-    def parse(cls, text: str) -> Address:
+    def parse(cls, text: str) -> AdapterAddress:
         """Reads an address. Raises AddressInvalid."""
         scheme, separator, rest = text.partition("://")
         scheme = _OTHER_NAMES.get(scheme.lower(), scheme.lower())
@@ -68,7 +68,7 @@ class Address:
         return cls(scheme, bucket, _folders(path, "path") if path.strip("/") else "")
 
     @classmethod
-    def _of_hub(cls, rest: str) -> Address:
+    def _of_hub(cls, rest: str) -> AdapterAddress:
         found = _HUB.fullmatch(rest.rstrip("/"))
         if found is None:
             raise AddressInvalid("a hub's address is hf://ORG/NAME[@REVISION][:SUBFOLDER]")
@@ -109,7 +109,7 @@ class AllowList:
     def __bool__(self) -> bool:
         return bool(self._prefixes)
 
-    def __contains__(self, address: Address) -> bool:
+    def __contains__(self, address: AdapterAddress) -> bool:
         text = str(address)
         return any(
             text == prefix
@@ -138,9 +138,9 @@ def _prefix(text: str) -> str:
         return f"{scheme}://"
     _require_plain(text, rest)
     if scheme == "hf" and "/" not in rest:
-        Address.parse(f"hf://{rest}/any")
+        AdapterAddress.parse(f"hf://{rest}/any")
         return f"hf://{rest}/"
-    return str(Address.parse(f"{scheme}://{rest}"))
+    return str(AdapterAddress.parse(f"{scheme}://{rest}"))
 
 
 def _require_plain(text: str, rest: str) -> None:

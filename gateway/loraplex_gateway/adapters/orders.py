@@ -21,7 +21,7 @@ from loraplex import (
     UploadNotFound,
     Validation,
 )
-from loraplex.foreign_ids import SOURCE_LABEL, name_of
+from loraplex.sources.foreign_ids import SOURCE_LABEL, name_of
 from loraplex.uploads import Files
 from starlette.requests import Request
 
@@ -59,7 +59,7 @@ class Order:
     signature: bytes = b""
 
 
-class Arrivals:
+class AdapterOrders:
     """The adapters that requests bring and remove, with what their callers may do."""
 
     def __init__(self, context: Context) -> None:
