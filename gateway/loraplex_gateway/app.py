@@ -20,7 +20,7 @@ from loraplex_gateway import adapters, errors, health
 from loraplex_gateway.context import Context
 from loraplex_gateway.errors import ApiError
 from loraplex_gateway.models import routes as models
-from loraplex_gateway.settings import Settings
+from loraplex_gateway.settings import GatewaySettings
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ PARTS: Final[tuple[Callable[[Context], list[BaseRoute]], ...]] = (
 """The parts of the interface. Each returns its routes."""
 
 
-def build(settings: Settings) -> Starlette:
+def build(settings: GatewaySettings) -> Starlette:
     """The application for `settings`. Raises SettingsError."""
     settings.check()
     context = Context(settings)

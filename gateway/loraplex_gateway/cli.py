@@ -12,7 +12,7 @@ from loraplex import LoraplexError
 from loraplex.channel import DEFAULT_TARGET
 
 from loraplex_gateway.app import build
-from loraplex_gateway.settings import Settings, SettingsError
+from loraplex_gateway.settings import GatewaySettings, SettingsError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -87,7 +87,7 @@ def run(
     ] = None,
 ) -> None:
     """Serve OpenAI's HTTP interface in front of a Loraplex server."""
-    settings = Settings(
+    settings = GatewaySettings(
         host=host,
         port=port,
         target=target,
@@ -113,7 +113,7 @@ def run(
         raise typer.Exit(2) from None
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: GatewaySettings) -> None:
     """Serves until a signal ends it. Raises SettingsError."""
     uvicorn.run(
         build(settings),

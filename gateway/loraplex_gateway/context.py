@@ -9,7 +9,7 @@ from starlette.requests import HTTPConnection
 
 from loraplex_gateway.errors import ApiError
 from loraplex_gateway.models.ids import ModelIds
-from loraplex_gateway.settings import Settings
+from loraplex_gateway.settings import GatewaySettings
 
 _PASSED_ON: Final = ("traceparent", "tracestate")
 
@@ -23,7 +23,7 @@ class Context:
         server: a client that carries no key, for what needs none.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: GatewaySettings) -> None:
         self.settings = settings
         access: dict[str, object] = {"key": ""}
         if settings.tls or settings.ca is not None or settings.server_name:

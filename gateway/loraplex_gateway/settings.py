@@ -15,7 +15,7 @@ class SettingsError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class GatewaySettings:
     """How the gateway listens, where its server is, and what it allows.
 
     Attributes:

@@ -8,14 +8,12 @@ import sys
 import typer
 from loraplex_model.base.terminal import adapt_output
 
-from loraplex_server.declared.named import spread
-
 
 def main() -> None:
     """The console script. An error that nothing has handled is logged, and is an exit code too."""
     adapt_output()
     try:
-        _program()(args=spread(sys.argv[1:]))
+        _program()()
     except Exception as error:
         from loraplex_server.runtime.failures import unexpected
 
@@ -28,7 +26,9 @@ def _program() -> typer.Typer:
     try:
         if sys.argv[1:2] == ["serve"]:
             from loraplex_server.commands import serve
+            from loraplex_server.declared.named import spread
 
+            sys.argv[1:] = spread(sys.argv[1:])
             return serve.program()
         from loraplex_server.commands import program
 

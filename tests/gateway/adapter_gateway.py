@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from gateway.specification import require_declared
 from loraplex_gateway.app import build
-from loraplex_gateway.settings import Settings
+from loraplex_gateway.settings import GatewaySettings
 from rpc.harness import Running, running, write_adapter
 
 
@@ -64,13 +65,17 @@ async def http_to(
 ) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of a gateway in front of a server that runs."""
     given = {"target": str(up.server.address), "adapter_root": root, **(settings or {})}
-    app = build(Settings(**given))
+    app = build(GatewaySettings(**given))
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     async with (
         app.router.lifespan_context(app),
         httpx2.AsyncClient(
-            transport=transport, base_url="http://gateway", headers=headers, timeout=60
+            transport=transport,
+            base_url="http://gateway",
+            headers=headers,
+            timeout=60,
+            event_hooks={"response": [require_declared]},
         ) as http,
     ):
         yield http

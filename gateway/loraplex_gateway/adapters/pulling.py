@@ -17,7 +17,7 @@ from typing import Final
 from loraplex.sources import AdapterAddress, AllowList
 
 from loraplex_gateway.errors import ApiError
-from loraplex_gateway.settings import Settings
+from loraplex_gateway.settings import GatewaySettings
 
 MOST_AT_ONCE: Final = 2
 """Most processes that fetch at the same time; further requests wait for one of them."""
@@ -31,7 +31,7 @@ _REFUSED: Final = 6
 class Puller:
     """Fetches into a temporary folder, with the credentials of the gateway's environment."""
 
-    def __init__(self, settings: Settings, allowed: AllowList) -> None:
+    def __init__(self, settings: GatewaySettings, allowed: AllowList) -> None:
         self._settings = settings
         self._allowed = allowed
         self._places = asyncio.Semaphore(MOST_AT_ONCE)

@@ -13,7 +13,7 @@ from loraplex.sources import AdapterAddress, AddressInvalid, AllowList
 from loraplex.uploads import CONFIG_FILE, WEIGHTS_FILE
 
 from loraplex_gateway.errors import ApiError
-from loraplex_gateway.settings import Settings, SettingsError
+from loraplex_gateway.settings import GatewaySettings, SettingsError
 
 MAX_CONFIG_BYTES: Final = 1 << 20
 """Most bytes of a configuration; the server accepts as many."""
@@ -48,7 +48,7 @@ AdapterSource: TypeAlias = ImportedPath | SentFolder | RemoteAddress
 class Sources:
     """Reads what requests name as an adapter's source, within what the operator allows."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: GatewaySettings) -> None:
         """Raises SettingsError."""
         try:
             self.allowed = AllowList(settings.allow_sources)

@@ -19,9 +19,6 @@ from loraplex_server.settings import PANELS
 
 ALL_SETTINGS: Final = tuple(name for name, field in Config.model_fields.items() if field.repr)
 
-_OTHER_FLAGS: Final = {"max_rank": ("--max-lora-rank",)}
-"""Flags of other servers that mean the same as one of these settings."""
-
 _FILE: Final = Annotated[
     Path | None,
     typer.Option(
@@ -79,11 +76,7 @@ def _setting(name: str) -> inspect.Parameter:
     if field.annotation is bool:
         kind, flag = bool | None, f"{flag}/--no-{flag.removeprefix('--')}"
     option = typer.Option(
-        flag,
-        *_OTHER_FLAGS.get(name, ()),
-        help=_help(field),
-        metavar=_metavar(field.annotation),
-        rich_help_panel=_panel(name),
+        flag, help=_help(field), metavar=_metavar(field.annotation), rich_help_panel=_panel(name)
     )
     return parameter(name, Annotated[kind, option])
 

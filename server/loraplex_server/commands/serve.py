@@ -43,12 +43,17 @@ def serve(
     enable_lora: Annotated[
         bool, typer.Option("--enable-lora", hidden=True, help="No effect: they always are.")
     ] = False,
+    max_lora_rank: Annotated[
+        int | None, typer.Option("--max-lora-rank", min=1, max=4096, hidden=True)
+    ] = None,
     max_loras: Annotated[str | None, typer.Option("--max-loras", hidden=True)] = None,
     max_cpu_loras: Annotated[str | None, typer.Option("--max-cpu-loras", hidden=True)] = None,
 ) -> None:
     """Load the base model and serve until SIGTERM."""
     _refuse_counts({"--max-loras": max_loras, "--max-cpu-loras": max_cpu_loras})
     config = _with_modules(config, lora_modules or ())
+    if max_lora_rank is not None:
+        config = config.model_copy(update={"max_rank": max_lora_rank})
     logs.configure(config.log_format, config.log_level)
     keep_private(config)
     for sentence in exposures(config):
