@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from loraplex_gateway import errors, health
+from loraplex_gateway import adapters, errors, health
 from loraplex_gateway.chat import routes as chat
 from loraplex_gateway.completions import routes as completions
 from loraplex_gateway.context import Context
@@ -35,6 +35,7 @@ PARTS: Final[tuple[Callable[[Context], list[BaseRoute]], ...]] = (
     chat.routes,
     completions.routes,
     tokens.routes,
+    adapters.routes,
 )
 """The parts of the interface. Each returns its routes."""
 
@@ -59,7 +60,7 @@ def build(settings: GatewaySettings) -> Starlette:
             Middleware(
                 CORSMiddleware,
                 allow_origins=settings.cors_origins,
-                allow_methods=["GET", "POST", "DELETE"],
+                allow_methods=["GET", "POST", "PUT", "DELETE"],
                 allow_headers=["authorization", "content-type", "x-request-id"],
                 expose_headers=SHOWN_HEADERS,
             )

@@ -61,6 +61,26 @@ Origins = Annotated[
     list[str] | None,
     _option("Origin whose pages may call the gateway; may be repeated.", "cors-origin"),
 ]
+ManagesAdapters = Annotated[
+    bool,
+    typer.Option(
+        "--manages-adapters/--no-manages-adapters",
+        help="Let callers load, change and unload adapters over HTTP, as their keys allow.",
+        envvar="LORAPLEX_GATEWAY_MANAGES_ADAPTERS",
+    ),
+]
+AdapterRoot = Annotated[
+    Path | None,
+    _option("Folder whose folders may be named as paths of adapters.", "adapter-root"),
+]
+ImportRoot = Annotated[
+    str, _option("Path below which callers name folders of the server.", "import-root")
+]
+Sources = Annotated[
+    list[str] | None,
+    _option("Prefix of URIs to fetch adapters from; may be repeated.", "allow-source"),
+]
+MaxUpload = Annotated[int, _option("Most bytes of an adapter.", "max-upload-bytes")]
 MaxBody = Annotated[int, _option("Largest body of a request, in bytes.", "max-body-bytes")]
 Drain = Annotated[
     float,
@@ -81,6 +101,11 @@ def run(
     insecure: Insecure = False,
     served_model_name: ServedNames = None,
     metrics: Metrics = "",
+    manages_adapters: ManagesAdapters = True,
+    adapter_root: AdapterRoot = None,
+    import_root: ImportRoot = "",
+    allow_source: Sources = None,
+    max_upload_bytes: MaxUpload = 4 << 30,
     cors_origin: Origins = None,
     max_body_bytes: MaxBody = 8 << 20,
     drain_seconds: Drain = 30.0,
@@ -98,6 +123,11 @@ def run(
         insecure=insecure,
         served_names=tuple(served_model_name or ()),
         metrics=metrics,
+        manages_adapters=manages_adapters,
+        adapter_root=adapter_root,
+        import_root=import_root,
+        allow_sources=tuple(allow_source or ()),
+        max_upload_bytes=max_upload_bytes,
         cors_origins=tuple(cors_origin or ()),
         max_body_bytes=max_body_bytes,
         drain_seconds=drain_seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -32,7 +33,13 @@ class GatewaySettings:
         request_seconds: longest time of a request on the server.
         drain_seconds: seconds that running requests have to finish after SIGTERM.
         manages_adapters: whether adapters can be loaded and unloaded over HTTP.
-        adapter_root: folder whose folders may be named as adapters' paths; None for none.
+        adapter_root: folder of this machine, whose folders may be named as adapters' paths and are
+            sent to the server; None for none.
+        import_root: absolute path below which callers know the server's import root, if they name
+            adapters by absolute paths; "" if they do not.
+        allow_sources: prefixes of the URIs from which adapters may be fetched; none are by default.
+        max_upload_bytes: largest adapter that is received, fetched or sent.
+        pull_seconds: longest time in which an adapter is fetched.
         console: whether the console's page is served.
     """
 
@@ -53,6 +60,10 @@ class GatewaySettings:
     drain_seconds: float = 30.0
     manages_adapters: bool = True
     adapter_root: Path | None = None
+    import_root: str = ""
+    allow_sources: tuple[str, ...] = ()
+    max_upload_bytes: int = 4 << 30
+    pull_seconds: float = 600.0
     console: bool = True
 
     def check(self) -> None:
@@ -73,6 +84,10 @@ class GatewaySettings:
                 f"host: {self.host} can be reached by others, and HTTP would not be encrypted; "
                 "give certificate and private_key, or insecure if something in front encrypts"
             )
+        if self.import_root and not os.path.isabs(self.import_root):
+            raise SettingsError("import_root: must be an absolute path")
+        if self.adapter_root is not None and not self.adapter_root.is_dir():
+            raise SettingsError(f"adapter_root: {self.adapter_root} is not a folder")
 
 
 def _is_loopback(host: str) -> bool:

@@ -15,7 +15,6 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any, Final
 
-from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Store
 from loraplex_model.ops import build
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -23,6 +22,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from loraplex_server.access.limits.quotas import Quotas
 from loraplex_server.access.principals import Principal
 from loraplex_server.config import Config
+from loraplex_server.declared.providing import provide_declared
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.group.group import members
 from loraplex_server.engine.messages import Hello, ModelInfo
@@ -158,13 +158,7 @@ class Server:
             tokenizer = await asyncio.to_thread(
                 parts.tokenizer_of, config, model, context, self._lanes.text
             )
-        limits = AdapterLimits(
-            max_rank=config.max_rank,
-            max_weights_bytes=int(config.max_adapter_file),
-            max_device_bytes=hello.adapter_budget_bytes,
-            max_virtual_tokens=config.adapter_virtual_tokens,
-            max_context=context,
-        )
+        limits = parts.adapter_limits_of(config, hello, context)
         texts = AdapterTexts(tokenizer.special_tokens, config.adapter_chat_templates)
         with needed(ServerExit.BAD_CONFIG, "cannot read"):
             signatures = await asyncio.to_thread(Signatures.open, config.adapter_signatures)
@@ -175,6 +169,10 @@ class Server:
             await registry.open()
         self._observer.on_table = registry.feed.on_table
         self._keep_running(registry)
+        watch = await provide_declared(config, registry, self.metrics.series)
+        if watch is not None:
+            following = WatchedTask(watch.run(), "adapter directory")
+            self._closing.push_async_callback(following.stop)
         self._training = await self._open_training(registry)
         await self._accept_calls(model, registry, tokenizer, context)
 
