@@ -270,3 +270,9 @@ async def test_a_failure_in_the_middle_is_an_event(tmp_path: Path) -> None:
         assert last["response"]["status"] == "failed"
         assert last["response"]["error"]["code"] == "server_error"
         assert last["response"]["error"]["message"]
+
+
+async def test_a_stream_that_cannot_begin_is_an_ordinary_error(served: Web) -> None:
+    ask = {**ASK, "input": "a " * 3000, "stream": True}
+    error = await served.refused(RESPONSES, ask, 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "input")

@@ -9,6 +9,8 @@ from typing import Any
 from gateway.harness import BASE
 from gateway.scripted import openai_client, saying
 from gateway.tool_texts import JSON, ONE_CALL, TIME, WEATHER
+from openai import pydantic_function_tool
+from pydantic import BaseModel
 
 CHATS = "/v1/chat/completions"
 ASK: dict[str, Any] = {
@@ -74,9 +76,7 @@ async def test_a_schema_that_cannot_be_enforced_is_the_fault_of_the_tools(tmp_pa
 
 
 async def test_calls_of_strict_functions_are_valid_and_text_is_free(tmp_path: Path) -> None:
-    tools = [
-        {**tool, "function": {**tool["function"], "strict": True}} for tool in (WEATHER, TIME)
-    ]
+    tools = [{**tool, "function": {**tool["function"], "strict": True}} for tool in (WEATHER, TIME)]
     for text in ("Sunny, I think: <b>!", "I look. " + ONE_CALL["hermes"]):
         async with saying(tmp_path, text) as web:
             (choice,) = (await web.ok(CHATS, {**ASK, "tools": tools}))["choices"]
@@ -89,3 +89,44 @@ async def test_calls_of_strict_functions_are_valid_and_text_is_free(tmp_path: Pa
         ask = {**ASK, "tools": tools, "max_tokens": 64}
         (choice,) = (await web.ok(CHATS, ask))["choices"]
         assert "town" not in json.dumps(choice)
+
+
+class Weather(BaseModel):
+    """The weather in a town."""
+
+    city: str
+    days: list[int]
+
+
+async def test_openais_client_parses_answers_and_calls(tmp_path: Path) -> None:
+    meant = Weather(city="Oslo", days=[1, 2])
+    said = '{"city": "Oslo", "days": [1, 2]}'
+    ask: dict[str, Any] = {"model": BASE, "temperature": 0}
+    async with saying(tmp_path, said) as web, openai_client(web) as client:
+        response = await client.responses.parse(**ask, input="Weather?", text_format=Weather)
+        assert response.output_parsed == meant
+        chat = await client.chat.completions.parse(
+            **ask, messages=ASK["messages"], response_format=Weather
+        )
+        assert chat.choices[0].message.parsed == meant
+    call = f'<tool_call>\n{{"name": "Weather", "arguments": {said}}}\n</tool_call>'
+    async with saying(tmp_path, call) as web, openai_client(web) as client:
+        tool = pydantic_function_tool(Weather)
+        chat = await client.chat.completions.parse(**ask, messages=ASK["messages"], tools=[tool])
+        (made,) = chat.choices[0].message.tool_calls
+        assert made.function.parsed_arguments == meant
+        flat = {"type": "function", **tool["function"]}
+        response = await client.responses.parse(**ask, input="Weather?", tools=[flat])
+        (item,) = response.output
+        assert item.parsed_arguments == {"city": "Oslo", "days": [1, 2]}
+
+
+async def test_a_response_can_be_a_required_call(tmp_path: Path) -> None:
+    flat = [{"type": "function", **tool["function"]} for tool in (WEATHER, TIME)]
+    ask = {"model": BASE, "temperature": 0, "input": "Weather?", "tools": flat}
+    async with saying(tmp_path, "No.") as web:
+        choice = {"type": "function", "name": "time"}
+        found = await web.ok("/v1/responses", {**ask, "tool_choice": choice})
+        (item,) = found["output"]
+        assert (item["name"], item["arguments"]) == ("time", "{}")
+        assert found["tool_choice"] == choice
