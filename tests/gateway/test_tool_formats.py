@@ -204,6 +204,32 @@ def test_definitions_of_a_schema_are_found_by_each_call() -> None:
     assert not accepts(rules, text % '"1"')
 
 
+def test_a_schema_is_never_read_as_a_rule_of_llama_cpp() -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"a": {"type": "string", "enum": ["x ::= y"], "description": "b ::= c"}},
+        "required": ["a"],
+    }
+    tool = {"type": "function", "function": {"name": "go", "parameters": parameters}}
+    for name in NAMES:
+        found = planned(tool, choice="required", tool_format=name)
+        assert "::=" not in found.grammar
+    text = '<tool_call>\n{"name": "go", "arguments": {"a": "x ::= y"}}\n</tool_call>'
+    assert accepts(planned(tool, choice="required").grammar, text)
+    text = "<tool_call>go\n<arg_key>a</arg_key>\n<arg_value>x ::= y</arg_value>\n</tool_call>"
+    assert accepts(planned(tool, choice="required", tool_format="glm45").grammar, text)
+
+
+def test_a_schema_without_end_is_refused() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(100_000):
+        deep = {"not": deep}
+    tool = {"type": "function", "function": {"name": "go", "parameters": deep}}
+    with pytest.raises(ApiError) as refused:
+        planned(tool, choice="required")
+    assert (refused.value.status, refused.value.param) == (400, "tools")
+
+
 def strict(tool: dict[str, Any]) -> dict[str, Any]:
     return {**tool, "function": {**tool["function"], "strict": True}}
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from loraplex_gateway.errors import ApiError
 from loraplex_gateway.tools.functions import Function
 
 MAX_CALLS: Final = 16
@@ -99,7 +100,7 @@ def repeated(between: str, many: bool) -> str:
 
 def literal(text: str) -> str:
     """A text in Lark; "" for no text."""
-    return json.dumps(text, ensure_ascii=False) if text else ""
+    return _written(text) if text else ""
 
 
 def joined(parts: Iterable[str]) -> str:
@@ -108,10 +109,19 @@ def joined(parts: Iterable[str]) -> str:
 
 
 def as_json(schema: Mapping[str, Any]) -> str:
-    """JSON by a schema, in Lark."""
-    text = json.dumps({**schema, "x-guidance": _SPACING}, ensure_ascii=False)
-    # In a grammar of llama.cpp, "::=" defines a rule. Here it can only be within a string.
-    return "%json " + text.replace("::=", ":\\u003a=")
+    """JSON by a schema, in Lark. Raises ApiError (400)."""
+    try:
+        return "%json " + _written({**schema, "x-guidance": _SPACING})
+    except RecursionError:
+        text = "tools: a schema has too many lists and objects within each other"
+        raise ApiError(400, text, param="tools", code="invalid_value") from None
+
+
+def _written(value: Any) -> str:
+    """A value as JSON, of which the texts are also those of Lark."""
+    text = json.dumps(value, ensure_ascii=False)
+    # "::=", which defines a rule in grammars of llama.cpp, can only be within a text here.
+    return text.replace("::=", ":\\u003a=")
 
 
 def arguments_schema(function: Function) -> Mapping[str, Any]:
