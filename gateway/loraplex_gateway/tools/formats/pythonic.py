@@ -17,7 +17,7 @@ from loraplex_gateway.tools.functions import Function
 from loraplex_gateway.tools.grammar import CallForm
 from loraplex_gateway.tools.source import Malformed, Source, Steps
 
-MAX_CHARACTERS: Final = 1 << 18
+MAX_CHARACTERS: Final = 1 << 16
 """Longest text that is parsed as Python."""
 
 _WORDS: Final = {"true": True, "false": False, "null": None}
