@@ -25,7 +25,10 @@ _RENAMED: Final = (
 """Fields of chats, and those of responses that set them."""
 
 PARAMS: Final[Mapping[str, str]] = MappingProxyType(
-    {ours: dict(_RENAMED).get(theirs, theirs) for ours, theirs in CHAT_PARAMS.items()}
+    {
+        **{ours: dict(_RENAMED).get(theirs, theirs) for ours, theirs in CHAT_PARAMS.items()},
+        "messages": "input",
+    }
 )
 """Fields of the server's request, and those of the HTTP request that set them."""
 
