@@ -19,11 +19,13 @@ from loraplex_gateway import adapters, errors, health
 from loraplex_gateway.chat import routes as chat
 from loraplex_gateway.completions import routes as completions
 from loraplex_gateway.context import Context
+from loraplex_gateway.embeddings import routes as embeddings
 from loraplex_gateway.errors import ApiError
 from loraplex_gateway.files import routes as files
 from loraplex_gateway.finetuning import routes as finetuning
 from loraplex_gateway.metrics import Observed
 from loraplex_gateway.models import routes as models
+from loraplex_gateway.responses import routes as responses
 from loraplex_gateway.settings import GatewaySettings
 from loraplex_gateway.tokens import routes as tokens
 
@@ -34,6 +36,8 @@ PARTS: Final[tuple[Callable[[Context], list[BaseRoute]], ...]] = (
     finetuning.routes,
     chat.routes,
     completions.routes,
+    responses.routes,
+    embeddings.routes,
     tokens.routes,
     adapters.routes,
 )

@@ -86,6 +86,13 @@ Drain = Annotated[
     float,
     _option("Seconds that running requests have to finish after SIGTERM.", "drain-seconds"),
 ]
+ToolFormat = Annotated[
+    str,
+    _option(
+        "How the model writes calls of functions, if its chat template does not tell.",
+        "tool-format",
+    ),
+]
 
 
 @app.command()
@@ -109,6 +116,7 @@ def run(
     cors_origin: Origins = None,
     max_body_bytes: MaxBody = 8 << 20,
     drain_seconds: Drain = 30.0,
+    tool_format: ToolFormat = "",
 ) -> None:
     """Serve OpenAI's HTTP interface in front of a Loraplex server."""
     settings = GatewaySettings(
@@ -131,6 +139,7 @@ def run(
         cors_origins=tuple(cors_origin or ()),
         max_body_bytes=max_body_bytes,
         drain_seconds=drain_seconds,
+        tool_format=tool_format,
     )
     raise typer.Exit(serve(settings))
 

@@ -190,7 +190,8 @@ def of(error: LoraplexError, params: Mapping[str, str] | None = None) -> ApiErro
 
 
 def param_of(field: str, params: Mapping[str, str]) -> str:
-    """The field of the HTTP request for one of the server's request."""
+    """The field of the HTTP request for one of the server's request, which a stream has within."""
+    field = field.removeprefix("request.")
     for ours, theirs in params.items():
         rest = field.removeprefix(ours)
         if rest != field and (not rest or rest[0] in ".["):

@@ -41,6 +41,8 @@ class GatewaySettings:
         max_upload_bytes: largest adapter that is received, fetched or sent.
         pull_seconds: longest time in which an adapter is fetched.
         console: whether the console's page is served.
+        tool_format: how the model writes calls of functions, a name of `tools/formats/known.py`; ""
+            finds it out from the chat template.
     """
 
     host: str = "127.0.0.1"
@@ -65,6 +67,7 @@ class GatewaySettings:
     max_upload_bytes: int = 4 << 30
     pull_seconds: float = 600.0
     console: bool = True
+    tool_format: str = ""
 
     def check(self) -> None:
         """Raises SettingsError for settings that exclude each other or expose callers."""
@@ -75,6 +78,11 @@ class GatewaySettings:
             raise SettingsError(f"port: {self.port} is no port; ports are 0 to 65535")
         if self.metrics and not self.metrics.startswith(("http://", "https://")):
             raise SettingsError("metrics: must be a URL that begins with http:// or https://")
+        from loraplex_gateway.tools.formats.known import FORMATS  # needs the extra `gateway`
+
+        if self.tool_format and self.tool_format not in FORMATS:
+            known = ", ".join(FORMATS)
+            raise SettingsError(f"tool_format: {self.tool_format} is not one of {known}")
         if self.max_body_bytes < 1:
             raise SettingsError("max_body_bytes: must be at least 1")
         if not 0 <= self.drain_seconds <= 86_400:

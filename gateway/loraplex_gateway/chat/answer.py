@@ -9,12 +9,12 @@ from loraplex import Completion
 from loraplex_gateway.chat import tooling
 from loraplex_gateway.chat.request import ChatRequest
 from loraplex_gateway.generation import logprobs
-from loraplex_gateway.generation.answers import Head, finish_reason, stop_reason, usage
+from loraplex_gateway.generation.answers import Head, stop_reason, usage
 from loraplex_gateway.generation.samples import CompletionSample, samples_of
 
 
 def answer(
-    request: ChatRequest, plan: tooling.AnswerPlan | None, head: Head, completion: Completion
+    request: ChatRequest, plan: tooling.ToolPlan | None, head: Head, completion: Completion
 ) -> dict[str, Any]:
     """The body of the response."""
     samples = samples_of(completion)
@@ -35,7 +35,7 @@ def answer(
 
 
 def _choice(
-    request: ChatRequest, plan: tooling.AnswerPlan | None, index: int, sample: CompletionSample
+    request: ChatRequest, plan: tooling.ToolPlan | None, index: int, sample: CompletionSample
 ) -> dict[str, Any]:
     reader = tooling.reader(plan)
     message = tooling.chat_message([*reader.feed(sample.text), *reader.end()])
@@ -48,7 +48,7 @@ def _choice(
         "index": index,
         "message": {"role": "assistant", **message, "refusal": None},
         "logprobs": scored,
-        "finish_reason": "tool_calls" if calls else finish_reason(sample.finish_reason),
+        "finish_reason": tooling.ended(sample.finish_reason, calls),
         "stop_reason": stop_reason(sample.matched_stop, request.stop_token_ids),
     }
     if request.return_token_ids:

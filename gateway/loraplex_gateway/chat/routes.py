@@ -34,13 +34,11 @@ def routes(context: Context) -> list[BaseRoute]:
         body = await _body(context, request)
         base = await context.ids.base(client)
         options = chat_options(body, base.max_context)
-        plan = tooling.plan(body)
-        if plan is not None:
-            options |= plan.options
+        options, plan = tooling.with_tools(options, body, base, context.settings)
         who = await target(context, client, request, body)
         head = await head_of(context, client, request, body)
         options = merged(options, {**who, "request_id": head.request_id})
-        call = Call(client, body.model, CHAT_PARAMS, **options)
+        call = Call(client, body.model, tooling.params(plan, CHAT_PARAMS), **options)
         if body.stream:
             stream = ChatStream(body, plan, head)
             return EventStream(stream.events(call), stream.headers)
@@ -53,9 +51,10 @@ def routes(context: Context) -> list[BaseRoute]:
         client = context.client_for(request)
         body = await _body(context, request)
         options = conversation_options(body)
-        plan = tooling.plan(body)
-        if plan is not None and "tools" in plan.options:
-            options["tools"] = plan.options["tools"]
+        base = await context.ids.base(client)
+        _, plan = tooling.with_tools({}, body, base, context.settings)
+        if plan is not None:
+            options["tools"] = plan.rendered
         who = await target(context, client, request, body)
         rendered = await rendering(client, body.model, who.get("adapter"), options, CHAT_PARAMS)
         ids = list(rendered.token_ids)

@@ -10,7 +10,7 @@ from loraplex import AsyncStream, Delta
 from loraplex_gateway.chat import tooling
 from loraplex_gateway.chat.request import ChatRequest
 from loraplex_gateway.generation import logprobs
-from loraplex_gateway.generation.answers import Head, finish_reason, stop_reason, usage
+from loraplex_gateway.generation.answers import Head, stop_reason, usage
 from loraplex_gateway.generation.samples import (
     Call,
     CompletionSample,
@@ -22,7 +22,7 @@ from loraplex_gateway.wire.events import event
 class ChatStream:
     """The events of one answer, or of `n`."""
 
-    def __init__(self, request: ChatRequest, plan: tooling.AnswerPlan | None, head: Head) -> None:
+    def __init__(self, request: ChatRequest, plan: tooling.ToolPlan | None, head: Head) -> None:
         self._request = request
         self._head = head
         self._opened: list[AsyncStream] = []
@@ -92,7 +92,7 @@ class ChatStream:
         """The last events of one answer."""
         rest = [tooling.chat_delta(each) for each in self._readers[index].end()]
         events = self._parts(index, rest, {})
-        reason = "tool_calls" if self._calls[index] else finish_reason(sample.finish_reason)
+        reason = tooling.ended(sample.finish_reason, self._calls[index])
         stop = stop_reason(sample.matched_stop, self._request.stop_token_ids)
         return events + self._event(index, {}, finish_reason=reason, stop_reason=stop)
 

@@ -2,61 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
+from loraplex import FinishReason, ModelDescription
+
+from loraplex_gateway import tools
 from loraplex_gateway.chat.request import ChatRequest
-from loraplex_gateway.wire.bodies import unsupported
+from loraplex_gateway.generation.answers import finish_reason
+from loraplex_gateway.settings import GatewaySettings
+from loraplex_gateway.tools import ToolPlan, chat_delta, chat_message, reader
+
+__all__ = ["ToolPlan", "chat_delta", "chat_message", "ended", "params", "reader", "with_tools"]
 
 
-class AnswerReader(Protocol):
-    """Reads the text of one answer as it comes."""
+def with_tools(
+    options: Mapping[str, Any],
+    request: ChatRequest,
+    base: ModelDescription,
+    settings: GatewaySettings,
+) -> tuple[dict[str, Any], ToolPlan | None]:
+    """The client's options with what the request's tools add to them, and how those are treated.
 
-    def feed(self, text: str) -> Iterable[Any]:
-        """The parts that have become certain with more text."""
-
-    def end(self) -> Iterable[Any]:
-        """The parts that were held back until the end."""
-
-
-class AnswerPlan(Protocol):
-    """What a request with tools needs.
-
-    Attributes:
-        options: options of the client in addition to the request's.
+    Raises ApiError (400).
     """
-
-    @property
-    def options(self) -> Mapping[str, Any]: ...
-
-
-class PlainReader:
-    """Takes the whole text for the answer's."""
-
-    def feed(self, text: str) -> Iterable[str]:
-        return (text,) if text else ()
-
-    def end(self) -> Iterable[str]:
-        return ()
+    return tools.with_tools(
+        options,
+        base,
+        request.tools,
+        request.tool_choice,
+        request.parallel_tool_calls,
+        settings.tool_format,
+    )
 
 
-def plan(request: ChatRequest) -> AnswerPlan | None:
-    """What the tools of a request need; None if it has none. Raises ApiError (400)."""
-    if request.tools and request.tool_choice != "none":
-        raise unsupported("tools")
-    return None
+def params(plan: ToolPlan | None, known: Mapping[str, str]) -> Mapping[str, str]:
+    """Fields of the server's request, and those of the HTTP request that set them."""
+    if plan is None or not plan.grammar:
+        return known
+    return {**known, "structured_output.grammar": "tools", "structured_output": "tools"}
 
 
-def reader(plan: AnswerPlan | None) -> AnswerReader:
-    """A reader for one answer."""
-    return PlainReader()
-
-
-def chat_delta(delta: Any) -> dict[str, Any]:
-    """The `delta` of a chunk for a part that a reader has returned."""
-    return {"content": delta}
-
-
-def chat_message(deltas: Iterable[Any]) -> dict[str, Any]:
-    """`content`, and `tool_calls` if there are any, of all the parts of an answer."""
-    return {"content": "".join(deltas)}
+def ended(reason: FinishReason, called: bool) -> str:
+    """OpenAI's word for why an answer ended; a call that was cut off ends by its length."""
+    return "tool_calls" if called and reason is FinishReason.STOP else finish_reason(reason)
