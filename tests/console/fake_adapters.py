@@ -34,6 +34,12 @@ class Adapters:
         self.versions: dict[str, list[Json]] = {}
         self.deleted: dict[str, list[Json]] = {}
         self.watchers: set[asyncio.Queue[Json]] = set()
+        self.reset()
+
+    def reset(self) -> None:
+        """Goes back to the adapters of the start."""
+        self.versions.clear()
+        self.deleted.clear()
         for name, rank, size in (
             ("json", 8, 921_600),
             ("pirate", 8, 1_843_200),

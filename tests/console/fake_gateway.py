@@ -4,7 +4,7 @@
 
 It prints its URL and serves until its standard input ends. `POST /fake` changes how it behaves:
 `{"away": true}` answers everything with 503, `{"key": "k"}` wants that key, `{"load": true}` fills
-the batch.
+the batch. `{}` goes back to the start.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ class Behaviour:
     """What `POST /fake` has set."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Goes back to the start."""
         self.away = False
         self.key = ""
         self.load = False
@@ -94,7 +98,11 @@ def build() -> Starlette:
     running = fake_answers.Running()
 
     async def change(request: Request) -> Response:
-        for name, value in (await request.json()).items():
+        changes = await request.json()
+        if not changes:
+            behaviour.reset()
+            adapters.reset()
+        for name, value in changes.items():
             setattr(behaviour, name, value)
         return Response()
 
@@ -139,7 +147,6 @@ def build() -> Starlette:
 def main() -> None:
     """Serves on a free port, which the first line of output names."""
     listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", int(os.environ.get("PORT", "0"))))
     print(json.dumps({"url": f"http://127.0.0.1:{listener.getsockname()[1]}/"}), flush=True)
     server = uvicorn.Server(

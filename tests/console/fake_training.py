@@ -73,20 +73,19 @@ class Jobs:
         job = self.present(number)
         done = STEPS if job["status"] == "succeeded" else self.step(job)
         found = [_event(job, "start", "message", "The job is created.", {})]
-        found.append(_event(job, "samples-0", "message", "Samples at step 0", _samples(0)))
+        found.append(_event(job, "samples-0", "message", "Answers after step 0", _samples(0)))
         for step in range(1, done + 1):
             loss = 0.6 + 2.2 * math.exp(-step / 14) + 0.06 * math.sin(3 * step)
             data: Json = {
                 "step": step, "total_steps": STEPS, "train_loss": loss,
                 "learning_rate": 2e-4 * (1 - step / STEPS),
-                "tokens_per_second": 900, "remaining_seconds": (STEPS - step) / STEPS_PER_SECOND,
             }  # fmt: skip
             if step % EVERY == 0:
                 data["valid_loss"] = loss + 0.12
             found.append(_event(job, str(step), "metrics", f"Step {step}: loss {loss:.3f}", data))
         if done == STEPS:
             found.append(
-                _event(job, "samples", "message", f"Samples at step {STEPS}", _samples(STEPS))
+                _event(job, "samples", "message", f"Answers after step {STEPS}", _samples(STEPS))
             )
             found.append(_event(job, "end", "message", "The adapter is registered.", {}))
         return found[::-1]

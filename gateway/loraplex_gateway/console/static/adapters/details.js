@@ -61,7 +61,7 @@ function Actions({ adapter }) {
     ${busy === action ? "Working…" : label}
   </button>`;
   return html`<div class="row">
-      <a class="button primary" href=${`${href("playground")}?m=${encodeURIComponent(name)}`}>
+      <a class="button primary" href=${tryLink(adapter)}>
         <${Icon} name="run" /> Try it
       </a>
       <${LoadButton} adapter=${adapter} />
@@ -83,6 +83,12 @@ function Actions({ adapter }) {
         versions until the operator collects garbage.
       <//>`
     }`;
+}
+
+/** The playground with the base and the adapter. */
+function tryLink({ base_name: base, name }) {
+  const models = [base, name].filter(Boolean).map((model) => ["m", model]);
+  return `${href("playground")}?${new URLSearchParams(models)}`;
 }
 
 /** Deletes a name, and offers to take it back. */

@@ -43,7 +43,7 @@ export function Labels({ adapter }) {
       </ul>`
     }
     <form class="alias-form" onSubmit=${submit}>
-      <${TextField} label="Key" value=${name} onChange=${setName} pattern="[a-z0-9][a-z0-9._/\\-]*" maxlength="63" />
+      <${TextField} label="Key" value=${name} onChange=${setName} pattern="[a-z0-9][a-z0-9._\\/\\-]*" maxlength="63" />
       <${TextField} label="Value" value=${value} onChange=${setValue} maxlength="256" />
       <button type="submit" class="button" disabled=${!name}>Set label</button>
     </form>

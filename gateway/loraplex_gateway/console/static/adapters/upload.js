@@ -63,7 +63,7 @@ export function UploadDialog({ first, onClose }) {
       pattern="[a-z0-9]([a-z0-9\\-]{0,61}[a-z0-9])?"
       required
     />
-    <div class="row">
+    <div class="stack tight">
       <${Check} label="Load it onto the device" checked=${load} onChange=${setLoad} />
       <${Check} label="Add a version if the name is taken" checked=${replace} onChange=${setReplace} />
     </div>

@@ -91,6 +91,7 @@ function AliasForm({ versions, onChange }) {
         value=${alias}
         options=${options}
         placeholder="New or existing"
+        free
         onChange=${setName}
       />
     </div>

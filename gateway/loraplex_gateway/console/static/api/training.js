@@ -28,7 +28,8 @@ import { call } from "./http.js";
  */
 
 const PAGE = 100;
-const UPLOAD_SECONDS = 600;
+/** Sending a file, checking its examples, and ending a job take long on a busy machine. */
+const LONG_SECONDS = 600;
 
 /** @param {AbortSignal} [signal] @returns {Promise<Job[]>} the newest first, at most a page */
 export async function listJobs(signal) {
@@ -42,7 +43,9 @@ export function getJob(id, signal) {
 
 /** @param {string} id @returns {Promise<Job>} */
 export function cancelJob(id) {
-  return call("POST", `v1/fine_tuning/jobs/${encodeURIComponent(id)}/cancel`);
+  return call("POST", `v1/fine_tuning/jobs/${encodeURIComponent(id)}/cancel`, {
+    seconds: LONG_SECONDS,
+  });
 }
 
 /**
@@ -73,13 +76,13 @@ export function uploadFile(file) {
   const body = new FormData();
   body.set("purpose", "fine-tune");
   body.set("file", file, file.name);
-  return call("POST", "v1/files", { body, seconds: UPLOAD_SECONDS });
+  return call("POST", "v1/files", { body, seconds: LONG_SECONDS });
 }
 
 /**
  * @typedef {object} JobForm
  * @property {string} model id of the base model
- * @property {string} suffix name of the adapter
+ * @property {string} suffix part of the adapter's name
  * @property {string} method such as "lora"
  * @property {number | null} rank null for the method's default
  * @property {number} epochs
@@ -95,23 +98,19 @@ export function uploadFile(file) {
  * @returns {Promise<Job>}
  */
 export function createJob(form, trainingFile, validationFile) {
-  const options = form.rank === null ? {} : { r: String(form.rank) };
+  const hyperparameters = { n_epochs: form.epochs, batch_size: form.batchSize ?? "auto" };
   const json = {
     model: form.model,
     training_file: trainingFile,
     suffix: form.suffix,
     seed: form.seed,
-    method: {
-      type: "supervised",
-      supervised: {
-        hyperparameters: { n_epochs: form.epochs, batch_size: form.batchSize ?? "auto" },
-      },
-    },
-    loraplex: { method: { name: form.method, options } },
+    method: { type: "supervised", supervised: { hyperparameters } },
+    loraplex: { method: form.method, load: true },
   };
+  if (form.rank !== null) json.loraplex.options = { r: form.rank };
   if (form.learningRate !== null) json.loraplex.learning_rate = form.learningRate;
   if (validationFile) json.validation_file = validationFile;
-  return call("POST", "v1/fine_tuning/jobs", { json });
+  return call("POST", "v1/fine_tuning/jobs", { json, seconds: LONG_SECONDS });
 }
 
 /** @param {Job} job @returns {boolean} whether it has not ended */

@@ -52,7 +52,7 @@ export function useStore(store) {
 /**
  * Reads a value from the server, now, every `seconds`, and whenever one of `inputs` changes.
  *
- * The last good value stays while a later read fails. Nothing is read again while the page is hidden.
+ * The last good value stays until the next one is there, also if reads fail. Nothing is read again while the page is hidden.
  *
  * @template T
  * @param {(signal: AbortSignal) => Promise<T>} read
@@ -80,7 +80,6 @@ export function usePolled(read, { seconds = 0, inputs = [] } = {}) {
   useEffect(() => {
     const control = new AbortController();
     running.current = control;
-    setState({ value: undefined, error: null });
     let timer = 0;
     const again = () => {
       if (pause.current && !control.signal.aborted) timer = setTimeout(turn, 1000 * pause.current);

@@ -31,6 +31,7 @@ export function MixTerms({ mix, options, letter, onChange }) {
         />
         <input
           type="range"
+          class="range"
           min="0"
           max="1"
           step="0.05"

@@ -96,17 +96,24 @@ function columnOf(text) {
 }
 
 /**
- * The draft of a link, or else the one that this tab had before it was loaded again.
+ * The draft of a link, or else the one that this tab had. A link without a prompt only chooses the
+ * models.
  *
  * @param {URLSearchParams} query
  * @returns {Draft}
  */
 export function startingDraft(query) {
-  if ([...query].length) return fromQuery(query);
+  if (query.has("prompt")) return fromQuery(query);
+  const kept = fromQuery(new URLSearchParams(keptDraft()));
+  const { columns } = fromQuery(query);
+  return columns.length ? { ...kept, columns } : kept;
+}
+
+function keptDraft() {
   try {
-    return fromQuery(new URLSearchParams(sessionStorage.getItem(DRAFT) ?? ""));
+    return sessionStorage.getItem(DRAFT) ?? "";
   } catch {
-    return fromQuery(new URLSearchParams());
+    return ""; // storage may be forbidden
   }
 }
 

@@ -22,7 +22,7 @@ export function PlaygroundView() {
   const cards = models.value ?? [];
   const base = cards.find((card) => card.kind === "base")?.id ?? "";
   const [draft, setDraft] = useState(() => startingDraft(query));
-  const { answers, run, stop, forget } = useAnswers();
+  const { answers, run, stop, clear, forget } = useAnswers();
   const versions = useVersions(cards);
   const options = [...optionsOf(cards), ...versions.options];
   const { columns, settings } = draft;
@@ -44,6 +44,11 @@ export function PlaygroundView() {
     const seed = randomSeed();
     change({ seed });
     runAll(seed);
+  };
+  const choose = (at, next) => {
+    // An answer must not stand under the name of another model.
+    clear(at);
+    setColumns(columns.map((old, index) => (index === at ? next : old)));
   };
   const remove = (at) => {
     setColumns(columns.filter((_, index) => index !== at));
@@ -82,7 +87,7 @@ export function PlaygroundView() {
           options=${options}
           base=${base}
           tinted=${settings.logprobs}
-          onChoose=${(next) => setColumns(columns.map((old, index) => (index === at ? next : old)))}
+          onChoose=${(next) => choose(at, next)}
           onType=${versions.look}
           onAgain=${() => run(at, choice, { ...settings, seed: randomSeed() }, base)}
           onRemove=${columns.length > 1 ? () => remove(at) : null}
@@ -116,13 +121,18 @@ function useAnswers() {
         setAnswers((before) => Object.assign([...before], { [at]: answer }));
     });
   };
+  const clear = (at) => {
+    controls.current[at]?.abort();
+    controls.current[at] = undefined;
+    setAnswers((before) => before.map((answer, index) => (index === at ? NO_ANSWER : answer)));
+  };
   const forget = (at) => {
     // The answers of later columns move with their columns, so those that still grow are stopped.
     stop();
     controls.current = [];
     setAnswers((before) => before.filter((_, index) => index !== at));
   };
-  return { answers, run, stop, forget };
+  return { answers, run, stop, clear, forget };
 }
 
 /** Versions of an adapter, read once somebody types "name@". */

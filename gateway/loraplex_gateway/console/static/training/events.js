@@ -6,17 +6,15 @@ import { short } from "../app/format.js";
 
 /**
  * @param {JobEvent[]} events the oldest first
- * @returns {{step: number, steps: number, loss: number | null, evaluation: number | null, perSecond: number, remaining: number}}
+ * @returns {{step: number, steps: number, loss: number | null, evaluation: number | null}}
  */
 export function progressOf(events) {
-  const found = { step: 0, steps: 0, loss: null, evaluation: null, perSecond: 0, remaining: 0 };
+  const found = { step: 0, steps: 0, loss: null, evaluation: null };
   for (const { data } of metrics(events)) {
     found.step = Math.max(found.step, data.step ?? 0);
     found.steps = data.total_steps ?? found.steps;
     found.loss = data.train_loss ?? found.loss;
     found.evaluation = evaluationLoss(data) ?? found.evaluation;
-    found.perSecond = data.tokens_per_second ?? found.perSecond;
-    found.remaining = data.remaining_seconds ?? 0;
   }
   return found;
 }
@@ -73,6 +71,11 @@ export function samplesOf(events) {
       expected: expected ?? "",
     })),
   };
+}
+
+/** @param {JobEvent[]} events @returns {JobEvent[]} those that are no points of the curves */
+export function reportsOf(events) {
+  return events.filter(({ data }) => (data?.train_loss ?? data?.valid_loss) === undefined);
 }
 
 function metrics(events) {

@@ -85,10 +85,10 @@ export function NewJob({ onCreated }) {
     <div class="form-grid">
       <${TextField}
         label="Adapter name"
-        hint="Lower-case letters, digits and hyphens"
+        hint="It becomes a part of the model's id"
         value=${form.suffix}
         onChange=${(suffix) => change({ suffix })}
-        pattern="[a-z0-9]([a-z0-9\\-]{0,61}[a-z0-9])?"
+        maxlength="64"
         required
       />
       <${Field} label="Method">

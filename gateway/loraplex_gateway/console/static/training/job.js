@@ -9,7 +9,7 @@ import { Chart } from "../ui/chart.js";
 import { Confirm } from "../ui/dialog.js";
 import { Icon } from "../ui/icons.js";
 import { Failed, Note, notify, notifyFailure } from "../ui/notes.js";
-import { curvesOf, progressOf, samplesOf } from "./events.js";
+import { curvesOf, progressOf, reportsOf, samplesOf } from "./events.js";
 import { Samples } from "./samples.js";
 import { adapterOf, StatusBadge } from "./status.js";
 
@@ -89,19 +89,20 @@ function TryIt({ job, samples }) {
 }
 
 function Progress({ job, events }) {
-  const { step, steps, loss, evaluation, perSecond, remaining } = progressOf(events);
+  const { step, steps, loss, evaluation } = progressOf(events);
+  const remaining = job.estimated_finish ? job.estimated_finish - Date.now() / 1000 : 0;
   const facts = [
     ["Step", steps ? `${count(step)} of ${count(steps)}` : ""],
     ["Training loss", loss === null ? "" : short(loss)],
     ["Evaluation loss", evaluation === null ? "" : short(evaluation)],
-    ["Tokens/s", perSecond ? count(perSecond) : ""],
-    ["Left", isActive(job) && remaining ? duration(remaining) : ""],
+    ["Left", isActive(job) && remaining > 0 ? duration(remaining) : ""],
     ["Trained tokens", job.trained_tokens ? count(job.trained_tokens) : ""],
     ["Finished", job.finished_at ? moment(job.finished_at) : ""],
   ].filter(([, value]) => value);
   return html`<div class="stack">
     ${
       steps > 0 &&
+      isActive(job) &&
       html`<progress max=${steps} value=${step} aria-label="Progress of the job"></progress>`
     }
     <dl class="tiles">
@@ -137,9 +138,7 @@ function Curves({ events }) {
 const SHOWN = 200;
 
 function Log({ events }) {
-  const messages = events
-    .filter((event) => event.type === "message" && event.message)
-    .slice(-SHOWN);
+  const messages = reportsOf(events).slice(-SHOWN);
   if (!messages.length) return null;
   return html`<details>
     <summary>What the job reported (${messages.length})</summary>

@@ -34,7 +34,11 @@ export function Chart({ label, lines, data, ...look }) {
     const element = frame.current;
     const draw = () => {
       plot.current?.destroy();
-      plot.current = new uPlot(optionsOf(element.clientWidth, lines, look), latest.current, element);
+      plot.current = new uPlot(
+        optionsOf(element.clientWidth, lines, look),
+        latest.current,
+        element,
+      );
     };
     draw();
     const sizes = new ResizeObserver(() =>
@@ -84,9 +88,9 @@ function optionsOf(width, lines, look) {
         space: 70,
         values: look.axis && ((_, all) => all.map(look.axis)),
       },
-      { ...axis, size: 46 },
+      { ...axis, size: 52, values: (_, all) => all.map((value) => textOf(lines[0] ?? {}, value)) },
     ],
-    series: [{ label: "Step" }, ...lines.map(seriesOf)],
+    series: [{ label: "Step", value: (_, value) => value ?? "" }, ...lines.map(seriesOf)],
   };
 }
 
@@ -109,10 +113,11 @@ function seriesOf(line) {
     paths: line.stepped ? uPlot.paths.stepped({ align: 1 }) : undefined,
     points: { show: line.points ?? false, size: 5 },
     spanGaps: true,
-    value: (_, value) => (value === null || value === undefined ? "–" : textOf(line, value)),
+    value: (_, value) => textOf(line, value),
   };
 }
 
 function textOf({ text }, value) {
+  if (value === null || value === undefined) return "";
   return text ? text(value) : String(value);
 }

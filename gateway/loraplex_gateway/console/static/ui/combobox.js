@@ -8,10 +8,10 @@ import { Icon } from "./icons.js";
 const SHOWN = 60;
 
 /**
- * @param {{label: string, value: string, options: Option[], placeholder?: string, invalid?: boolean, onChange: (value: string) => void, onType?: (text: string) => void}} props
- *   texts that are not in the list are allowed
+ * @param {{label: string, value: string, options: Option[], placeholder?: string, free?: boolean, onChange: (value: string) => void, onType?: (text: string) => void}} props
+ *   texts that match nothing in the list are allowed, with `free` all texts
  */
-export function Combobox({ label, value, options, placeholder, invalid, onChange, onType }) {
+export function Combobox({ label, value, options, placeholder, free, onChange, onType }) {
   const id = useId();
   const list = useRef(null);
   const [open, setOpen] = useState(false);
@@ -37,6 +37,12 @@ export function Combobox({ label, value, options, placeholder, invalid, onChange
     hide();
     if (text.trim() && text !== value) onChange(text.trim());
   };
+  // What was typed stands for the first match, unless it is exact or matches nothing.
+  const meant = () => {
+    if (typed === null || free || found.some((option) => option.value === typed.trim()))
+      return typed ?? value;
+    return found[0]?.value ?? typed;
+  };
   const type = (event) => {
     setTyped(event.currentTarget.value);
     setOpen(true);
@@ -51,7 +57,7 @@ export function Combobox({ label, value, options, placeholder, invalid, onChange
       else if (shown.length) setActive((active + step + shown.length) % shown.length);
     } else if (event.key === "Enter" && open) {
       event.preventDefault();
-      choose(shown[active]?.value ?? typed ?? value);
+      choose(shown[active]?.value ?? meant());
     } else if (event.key === "Escape" && open) {
       event.preventDefault();
       event.stopPropagation();
@@ -68,16 +74,15 @@ export function Combobox({ label, value, options, placeholder, invalid, onChange
       aria-controls=${`${id}-list`}
       aria-autocomplete="list"
       aria-activedescendant=${open && active >= 0 ? `${id}-${active}` : undefined}
-      aria-invalid=${invalid ? "true" : undefined}
       autocomplete="off"
-      spellcheck="false"
+      spellcheck=${false}
       placeholder=${placeholder}
       value=${typed ?? value}
       onInput=${type}
       onKeyDown=${press}
       onClick=${() => !open && show()}
       onFocus=${(event) => event.currentTarget.select()}
-      onBlur=${() => (typed === null ? hide() : choose(typed))}
+      onBlur=${() => (typed === null ? hide() : choose(meant()))}
     />
     <${Icon} name="down" />
     <div ref=${list} id=${`${id}-list`} role="listbox" aria-label=${label} class="options" hidden=${!open}>

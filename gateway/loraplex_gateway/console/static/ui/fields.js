@@ -23,7 +23,7 @@ export function TextField({ label, hint, value, onChange, ...rest }) {
       class="input"
       aria-describedby=${hintId}
       autocomplete="off"
-      spellcheck="false"
+      spellcheck=${false}
       value=${value}
       onInput=${(event) => onChange(event.currentTarget.value)}
       ...${rest}
