@@ -17,7 +17,9 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from loraplex_gateway import errors, health
+from loraplex_gateway.console import routes as console
 from loraplex_gateway.context import Context
+from loraplex_gateway.engine import routes as engine
 from loraplex_gateway.errors import ApiError
 from loraplex_gateway.models import routes as models
 from loraplex_gateway.settings import Settings
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 PARTS: Final[tuple[Callable[[Context], list[BaseRoute]], ...]] = (
     health.routes,
     models.routes,
+    engine.routes,
+    console.routes,
 )
 """The parts of the interface. Each returns its routes."""
 
