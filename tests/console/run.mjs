@@ -15,7 +15,7 @@ import { chromium } from "playwright-core";
 import { ConsolePage } from "./page.mjs";
 
 const HERE = dirname(fileURLToPath(import.meta.url));
-const SECONDS = 8;
+const SECONDS = { fake: 10, real: 40 };
 const VIEWS = ["playground", "adapters", "adapters/", "training", "training/new", "batch"];
 
 const { values, positionals } = parseArgs({
@@ -57,7 +57,9 @@ async function scenarios() {
 async function outcome(browser, scenario) {
   await control({});
   const page = await ConsolePage.open(browser, url);
-  page.page.setDefaultTimeout(1000 * (scenario.seconds ?? SECONDS));
+  page.page.setDefaultTimeout(
+    1000 * Math.max(scenario.seconds ?? 0, values.real ? SECONDS.real : SECONDS.fake),
+  );
   try {
     await scenario.run({
       console: page,

@@ -8,6 +8,15 @@ const file = (name, content) => ({
   buffer: Buffer.from(content),
 });
 
+/** Weights without a tensor that an adapter could have. */
+function tensors() {
+  const header = JSON.stringify({ other: { dtype: "F32", shape: [4], data_offsets: [0, 16] } });
+  const bytes = Buffer.alloc(8 + header.length + 16);
+  bytes.writeBigUInt64LE(BigInt(header.length));
+  bytes.write(header, 8);
+  return bytes;
+}
+
 export const loading = {
   name: "an adapter is loaded, pinned, merged, unmerged and unloaded",
   async run({ console: view, adapters }) {
@@ -19,7 +28,11 @@ export const loading = {
       .getByRole("row")
       .filter({ has: page.getByRole("rowheader", { name: new RegExp(`^${name}`) }) });
     const place = (text) => row.getByText(text, { exact: true }).waitFor();
-    await details.getByRole("button", { name: `Load ${name}` }).click();
+    const load = details.getByRole("button", { name: `Load ${name}`, exact: true });
+    const unload = details.getByRole("button", { name: `Unload ${name}`, exact: true });
+    await load.or(unload).waitFor();
+    if (await unload.isVisible()) await unload.click();
+    await load.click();
     await place("Device");
     await details.getByRole("button", { name: "Pin", exact: true }).click();
     await place("Pinned");
@@ -27,7 +40,7 @@ export const loading = {
     await place("Merged");
     await details.getByRole("button", { name: "Unmerge", exact: true }).click();
     await row.getByText("Merged", { exact: true }).waitFor({ state: "detached" });
-    await details.getByRole("button", { name: `Unload ${name}` }).click();
+    await unload.click();
     await row.getByText("Device", { exact: true }).waitFor({ state: "detached" });
   },
 };
@@ -97,7 +110,7 @@ export const badUpload = {
           "adapter_config.json",
           JSON.stringify({ peft_type: "LOHA", r: 512, target_modules: ["q_proj"] }),
         ),
-        file("adapter_model.safetensors", "x".repeat(4096)),
+        file("adapter_model.safetensors", tensors()),
       ]);
     await dialog.getByText(/cannot serve this adapter/).waitFor();
     await dialog.getByText("ADAPTER_UNSUPPORTED").first().waitFor();

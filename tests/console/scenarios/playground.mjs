@@ -80,6 +80,11 @@ export const mixes = {
     const { page } = view;
     await view.go();
     await view.choose("B", "Weighted mix");
+    for (const [at, name] of adapters.slice(0, 2).entries()) {
+      const term = page.getByRole("combobox", { name: `Adapter ${at + 1} of mix B` });
+      await term.fill(name);
+      await term.press("Enter");
+    }
     await page.getByLabel(`Exact weight of ${adapters[1]} in mix B`).fill("0.25");
     await view.button("Run Ctrl ↵").click();
     await view.answered();

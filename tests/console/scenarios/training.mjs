@@ -2,10 +2,10 @@
 
 import assert from "node:assert/strict";
 
-const EXAMPLES =
-  '{"prompt": "What is the moon?", "completion": "Arr, she be the lantern o\' the night."}\n'.repeat(
-    24,
-  );
+/** Different ones, since the trainer counts equal examples once. */
+const EXAMPLES = Array.from({ length: 24 }, (_, at) =>
+  JSON.stringify({ prompt: `What is star ${at}?`, completion: `Arr, star ${at} be a lantern.` }),
+).join("\n");
 
 async function start(view, name) {
   const { page } = view;
@@ -30,7 +30,6 @@ export const watching = {
   async run({ console: view }) {
     const { page } = view;
     const job = await start(view, "corsair");
-    await job.getByText("Running").waitFor();
     await job.getByRole("img", { name: /Loss by step: training loss [\d.]+ at step/ }).waitFor();
     await job.getByText("Succeeded").waitFor({ timeout: 200_000 });
     await job.getByRole("img", { name: /evaluation loss [\d.]+ at step/ }).waitFor();
@@ -58,6 +57,7 @@ export const samples = {
 
 export const cancelling = {
   name: "a job is cancelled",
+  seconds: 120,
   async run({ console: view }) {
     const { page } = view;
     const job = await start(view, "shortlived");
