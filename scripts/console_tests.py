@@ -45,8 +45,8 @@ def prepare() -> None:
     if not INSTALLED.exists() or INSTALLED.stat().st_mtime < lock.stat().st_mtime:
         subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=HERE, check=True)
         INSTALLED.touch()
-    biome = [str(HERE / "node_modules" / ".bin" / "biome"), "check", f"--config-path={HERE}"]
-    subprocess.run([*biome, str(STATIC), str(HERE)], cwd=ROOT, check=True, stdout=sys.stderr)
+    biome = [str(HERE / "node_modules" / ".bin" / "biome"), "check", "--config-path=."]
+    subprocess.run([*biome, ".", str(STATIC)], cwd=HERE, check=True, stdout=sys.stderr)
 
 
 @contextlib.contextmanager
