@@ -18,8 +18,10 @@ from starlette.routing import BaseRoute
 from loraplex_gateway import adapters, errors, health
 from loraplex_gateway.chat import routes as chat
 from loraplex_gateway.completions import routes as completions
+from loraplex_gateway.console import routes as console
 from loraplex_gateway.context import Context
 from loraplex_gateway.embeddings import routes as embeddings
+from loraplex_gateway.engine import routes as engine
 from loraplex_gateway.errors import ApiError
 from loraplex_gateway.files import routes as files
 from loraplex_gateway.finetuning import routes as finetuning
@@ -40,6 +42,8 @@ PARTS: Final[tuple[Callable[[Context], list[BaseRoute]], ...]] = (
     embeddings.routes,
     tokens.routes,
     adapters.routes,
+    engine.routes,
+    console.routes,
 )
 """The parts of the interface. Each returns its routes."""
 
