@@ -16,6 +16,7 @@ from loraplex_server.rpc import server
 from loraplex_server.rpc.calls import arriving, bounds
 from loraplex_server.rpc.calls.errors import TABLE
 from loraplex_server.rpc.services import health, reflection, watching
+from loraplex_server.rpc.services.live import engine as live
 from loraplex_server.runtime import admin
 from loraplex_server.training import table as table_of_jobs
 from loraplex_server.training.files import shelf
@@ -116,6 +117,7 @@ def test_the_table_of_what_clients_may_hold_is_the_codes() -> None:
         (shelf.MAX_READERS,),
         (
             watching.MAX_WATCHERS,
+            live.MAX_WATCHES,
             table_of_jobs.MAX_WATCHERS,
             health.MAX_HEALTH_WATCHERS,
             reflection.MAX_REFLECTIONS,
