@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -32,6 +33,9 @@ MAPPED = {
     "STORE_FULL": 507, "PIN_BUDGET": 409, "MERGE_BUDGET": 409,
 }  # fmt: skip
 """Statuses of the reasons that a client of HTTP is most likely to meet."""
+
+NO_RETRY = (("grpc-retry-pushback-ms", "-1"),)
+"""With this trailer the gateway's client of gRPC does not try again by itself."""
 
 FINAL = {"NON_FINITE_LOGITS", "ENGINE_FAULT", "ADAPTER_CORRUPT", "DEADLINE_EXCEEDED",
          "ADAPTER_CONFLICT", "STORE_FULL", "PIN_BUDGET", "MERGE_BUDGET"}  # fmt: skip
@@ -62,7 +66,8 @@ async def test_every_reason_of_the_server_is_a_typed_error(
         delay = duration_pb2.Duration(seconds=2, nanos=500_000_000)
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     await found.ok(PATH, BODY)  # so that the base need not be asked for
-    server.failures = [failure(row.code, reason, *details)] * 4  # the client of gRPC tries again
+    refusal = replace(failure(row.code, reason, *details), trailers=NO_RETRY)
+    server.failures = [refusal]
     answer = await found.post(PATH, {**BODY, "stream": stream})
     server.failures = []
     error = error_of(answer)

@@ -65,6 +65,7 @@ class Parts:
         if self._request.scores_prompt:
             first = self._scores.unscored(echo.first, echo.is_shown)
             scored = logprobs.joined([first, self._scores.of(answer.prompt_logprobs)])
+            self._scores.cut()
         return self._choice(echo.text, scored)
 
     def piece(self, piece: Any) -> dict[str, Any]:
@@ -86,9 +87,9 @@ class Parts:
 
     def whole(self, echo: Echoed, answer: Completion, sample: CompletionSample) -> dict[str, Any]:
         """The prompt, if it is shown, and the whole answer as one part."""
+        before = self.prompt(echo, answer) if self._request.echo else None
         choice = self.piece(sample)
-        if self._request.echo:
-            before = self.prompt(echo, answer)
+        if before is not None:
             choice["text"] = before["text"] + choice["text"]
             if before["logprobs"] is not None:
                 choice["logprobs"] = logprobs.joined([before["logprobs"], choice["logprobs"]])

@@ -6,6 +6,7 @@ score texts call a token greedy if its value equals the largest of its alternati
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -67,7 +68,7 @@ class TextLogprobs:
     def __init__(self, as_ids: bool = False) -> None:
         self._as_ids = as_ids
         self._offset = 0
-        self._pending = b""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def unscored(self, text: str, is_shown: bool = True) -> dict[str, Any]:
         """The first token of a prompt, which has no value; `is_shown` if the text contains it."""
@@ -76,12 +77,20 @@ class TextLogprobs:
             self._advance(text.encode())
         return found
 
+    def cut(self) -> None:
+        """Ends the text so far: what begins a character without its rest is shown as one."""
+        self._offset += len(self._decoder.decode(b"", final=True))
+        self._decoder.reset()
+
     def of(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
         """The next tokens."""
         offsets = []
         for each in entries:
+            data = raw(each.chosen) or each.chosen.text.encode()
+            if data and data[0] & 0xC0 != 0x80:  # continues no character
+                self.cut()
             offsets.append(self._offset)
-            self._advance(raw(each.chosen) or each.chosen.text.encode())
+            self._advance(data)
         return _columns(
             [shown(each.chosen, self._as_ids) for each in entries],
             [value(each.chosen) for each in entries],
@@ -102,10 +111,7 @@ class TextLogprobs:
 
     def _advance(self, data: bytes) -> None:
         """Counts the characters that are whole with these bytes."""
-        self._pending += data
-        whole = len(self._pending) - _cut(self._pending)
-        self._offset += len(self._pending[:whole].decode("utf-8", "replace"))
-        self._pending = self._pending[whole:]
+        self._offset += len(self._decoder.decode(data))
 
 
 def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -137,14 +143,3 @@ def _columns(
         "top_logprobs": list(top),
         "text_offset": list(offsets),
     }
-
-
-def _cut(data: bytes) -> int:
-    """Number of bytes at the end that begin a character whose rest is missing."""
-    for back in range(1, min(4, len(data)) + 1):
-        byte = data[-back]
-        if byte & 0xC0 == 0x80:
-            continue
-        needed = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
-        return back if needed > back else 0
-    return 0
