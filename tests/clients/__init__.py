@@ -1,1 +1,1 @@
-"""Programs that others wrote, run unmodified against a server with its gateway: make test-clients."""
+"""Programs that others wrote, unmodified, and a gateway that they speak to: make test-clients."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 _EXAMPLE: Final = re.compile(
-    r"^<!-- client: (?P<name>[\w.-]+)(?P<fields>(?:; \w+: [^;]+)*) -->\n"
+    r"^<!-- client: (?P<name>[\w.-]+)(?P<fields>(?:; \w+: [^;\n]+?)*) -->\n"
     r"```(?P<language>\w+)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )

@@ -1,4 +1,4 @@
-"""What lm-eval has read from the gateway, beside the same log-likelihoods by transformers and PEFT."""
+"""Log-likelihoods that lm-eval has read from the gateway, beside those of PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log-likelihoods by transformers and PEFT, of the default model with one of the example adapters."""
+"""Log-likelihoods of the default model with an example adapter, by transformers and PEFT."""
 
 from __future__ import annotations
 
