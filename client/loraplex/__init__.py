@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from loraplex.access.options import AccessOptions
 from loraplex.aio import AsyncClient, AsyncTraining
-from loraplex.aio_streams import AsyncJobWatch, AsyncStream, AsyncWatch
+from loraplex.aio_streams import AsyncDataReading, AsyncJobWatch, AsyncStream, AsyncWatch
 from loraplex.client import Client, Training
 from loraplex.errors import (
     AdapterConflict,
@@ -20,6 +20,8 @@ from loraplex.errors import (
     AdapterRejected,
     AdapterUnloaded,
     Cancelled,
+    DataConflict,
+    DataNotFound,
     DeadlineExceeded,
     FailedPrecondition,
     FieldViolation,
@@ -38,6 +40,8 @@ from loraplex.errors import (
     UploadNotFound,
     UploadOutOfStep,
 )
+from loraplex.jobs.data import DataFile
+from loraplex.jobs.events import JobEvent, TrainingSample, TrainingSamples
 from loraplex.model.values import (
     ChatTemplateInfo,
     DetokenizedText,
@@ -73,12 +77,15 @@ from loraplex.results import (
     Usage,
     Validation,
 )
-from loraplex.streams import JobWatch, Stream, Watch
+from loraplex.streams import DataReading, JobWatch, Stream, Watch
 from loraplex.training import (
     Evaluation,
+    JobCheckpoint,
+    JobDelivery,
     JobError,
     JobProgress,
     JobResult,
+    JobSettings,
     JobState,
     TrainingJob,
     TrainingOptions,
@@ -102,6 +109,7 @@ __all__ = [
     "AdapterUnloaded",
     "Alternative",
     "AsyncClient",
+    "AsyncDataReading",
     "AsyncEngineWatch",
     "AsyncJobWatch",
     "AsyncStream",
@@ -112,6 +120,10 @@ __all__ = [
     "Client",
     "Completion",
     "ConversationOptions",
+    "DataConflict",
+    "DataFile",
+    "DataNotFound",
+    "DataReading",
     "DeadlineExceeded",
     "Delta",
     "DetokenizedText",
@@ -128,11 +140,15 @@ __all__ = [
     "GenerateOptions",
     "HealthStatus",
     "InvalidRequest",
+    "JobCheckpoint",
     "JobConflict",
+    "JobDelivery",
     "JobError",
+    "JobEvent",
     "JobNotFound",
     "JobProgress",
     "JobResult",
+    "JobSettings",
     "JobState",
     "JobWatch",
     "LoraplexError",
@@ -156,6 +172,8 @@ __all__ = [
     "Training",
     "TrainingJob",
     "TrainingOptions",
+    "TrainingSample",
+    "TrainingSamples",
     "Unauthenticated",
     "Unavailable",
     "Unsupported",

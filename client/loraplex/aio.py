@@ -1,18 +1,24 @@
 """The asyncio client: the names, arguments, results and errors of `Client`, awaited."""
+# ruff: noqa: ASYNC109 - `timeout` becomes the call's gRPC deadline, which the server sees too
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self, Unpack
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from typing import Any, Self, Unpack
 
 import grpc
 
 from loraplex import channel, requests
 from loraplex.access.options import AccessOptions
-from loraplex.aio_streams import AsyncJobWatch, AsyncStream, AsyncWatch
+from loraplex.aio_streams import AsyncDataReading, AsyncJobWatch, AsyncStream, AsyncWatch
 from loraplex.calls import Calls
 from loraplex.connection import AsyncConnection
-from loraplex.jobs import JobCalls
+from loraplex.errors import from_rpc_error
+from loraplex.jobs import data as data_files
+from loraplex.jobs.calls import JobCalls
+from loraplex.jobs.data import DataFile
+from loraplex.replies import read
 from loraplex.requests import GenerateOptions
 from loraplex.v1 import adapter_pb2, generation_pb2, training_pb2
 from loraplex.views import embedding
@@ -40,7 +46,6 @@ class AsyncClient(Calls):
     def _use(self, connection: AsyncConnection) -> None:
         super().__init__(connection)
         self._own = connection
-        self._close = connection.close
         self.training = AsyncTraining(connection)
 
     def for_caller(self, key: str, metadata: channel.Metadata = ()) -> AsyncClient:
@@ -53,7 +58,6 @@ class AsyncClient(Calls):
         """
         other = object.__new__(AsyncClient)
         other._use(self._own.for_caller(key, metadata))
-        other._close = _nothing
         return other
 
     def stream(
@@ -87,17 +91,13 @@ class AsyncClient(Calls):
 
     async def close(self) -> None:
         """Closes the connection; running calls are cancelled."""
-        await self._close()
+        await self._own.close()
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-
-async def _nothing() -> None:
-    """The connection of another client is not closed."""
 
 
 class AsyncTraining(JobCalls):
@@ -108,3 +108,46 @@ class AsyncTraining(JobCalls):
         request = training_pb2.WatchJobRequest(job_id=job_id)
         arguments = self._connection.defaults.unbounded(timeout)
         return AsyncJobWatch(self._connection.stubs.training.WatchJob(request, **arguments))
+
+    def read_data(self, data_id: str, *, timeout: float | None = None) -> AsyncDataReading:
+        """Like `Training.read_data`; not awaited itself."""
+        request = training_pb2.ReadDataRequest(data_id=data_id)
+        arguments = self._connection.defaults.unbounded(timeout)
+        return AsyncDataReading(self._connection.stubs.training.ReadData(request, **arguments))
+
+    async def forward_data(
+        self,
+        pieces: AsyncIterable[bytes],
+        *,
+        filename: str = "",
+        labels: Mapping[str, str] | None = None,
+        request_id: str = "",
+        timeout: float | None = None,
+    ) -> DataFile:
+        """Like `upload_data`, for bytes that arrive from elsewhere while they are sent.
+
+        If `pieces` raises, the upload ends, nothing is stored, and the error is raised here.
+        """
+        head = data_files.start(filename, request_id, labels)
+        failed: list[BaseException] = []
+
+        async def guarded() -> AsyncIterator[training_pb2.UploadDataRequest]:
+            try:
+                async for message in data_files.arriving(head, pieces):
+                    yield message
+            except Exception as error:
+                failed.append(error)
+                call.cancel()
+                raise
+
+        arguments = self._connection.defaults.unbounded(timeout)
+        call: Any = self._connection.stubs.training.UploadData(guarded(), **arguments)
+        try:
+            reply = await call
+        except asyncio.CancelledError:
+            if failed:
+                raise failed[0] from None
+            raise
+        except grpc.RpcError as error:
+            raise (failed[0] if failed else from_rpc_error(error)) from error
+        return read(DataFile, reply.file)

@@ -1,4 +1,4 @@
-"""Running calls of the asyncio client: a completion, a watch of the adapters, a watch of a job."""
+"""Running calls of the asyncio client: a completion, a watch, a file that is read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Generic, Self, TypeVar
 import grpc
 
 from loraplex.errors import from_rpc_error
+from loraplex.jobs.data import DataPieces
 from loraplex.replies import Receiver, Transcript, WatchLog
 from loraplex.results import AdapterEvent, AdapterTable, Completion, Delta, Finished, Started
 from loraplex.training import JobLog, TrainingJob
@@ -111,3 +112,10 @@ class AsyncJobWatch(AsyncRunningCall[TrainingJob]):
 
     def __init__(self, call: Any) -> None:
         super().__init__(call, JobLog())
+
+
+class AsyncDataReading(AsyncRunningCall[bytes]):
+    """Like `DataReading`, with `async for`."""
+
+    def __init__(self, call: Any) -> None:
+        super().__init__(call, DataPieces())

@@ -12,9 +12,9 @@ from loraplex import channel, requests
 from loraplex.access.options import AccessOptions
 from loraplex.calls import Calls
 from loraplex.connection import BlockingConnection
-from loraplex.jobs import JobCalls
+from loraplex.jobs.calls import JobCalls
 from loraplex.requests import GenerateOptions
-from loraplex.streams import JobWatch, Stream, Watch
+from loraplex.streams import DataReading, JobWatch, Stream, Watch
 from loraplex.v1 import adapter_pb2, generation_pb2, training_pb2
 from loraplex.views import embedding
 from loraplex.views.engine import EngineWatch, watch_request
@@ -66,11 +66,26 @@ class Client:
         metadata: Sequence[tuple[str, str | bytes]] = (),
         **access: Unpack[AccessOptions],
     ) -> None:
-        self._connection = BlockingConnection(
-            target, timeout, wait_for_ready, credentials, metadata, access
+        self._use(
+            BlockingConnection(target, timeout, wait_for_ready, credentials, metadata, access)
         )
-        self._calls = Calls(self._connection)
-        self.training = Training(self._connection)
+
+    def _use(self, connection: BlockingConnection) -> None:
+        self._connection = connection
+        self._calls = Calls(connection)
+        self.training = Training(connection)
+
+    def for_caller(self, key: str, metadata: channel.Metadata = ()) -> Client:
+        """Returns a client whose calls carry the key of somebody else, over this connection.
+
+        For programs that stand between callers and a server. `key` is a key or a signed token, ""
+        for none; this client's own is not sent. `metadata` is sent in addition to this client's.
+        The connection is closed by this client alone. Raises InvalidRequest if a key would leave
+        this machine unencrypted.
+        """
+        other = object.__new__(Client)
+        other._use(self._connection.for_caller(key, metadata))
+        return other
 
     generate = blocking(Calls.generate)
     embed = blocking(embedding.embed)
@@ -164,6 +179,11 @@ class Training:
     get = blocking(JobCalls.get)
     list = blocking(JobCalls.list)
     cancel = blocking(JobCalls.cancel)
+    events = blocking(JobCalls.events)
+    upload_data = blocking(JobCalls.upload_data)
+    get_data = blocking(JobCalls.get_data)
+    list_data = blocking(JobCalls.list_data)
+    delete_data = blocking(JobCalls.delete_data)
 
     def watch(self, job_id: str, *, timeout: float | None = None) -> JobWatch:
         """Watches a job until it ends. `timeout` None means no deadline.
@@ -175,3 +195,13 @@ class Training:
         request = training_pb2.WatchJobRequest(job_id=job_id)
         arguments = self._connection.defaults.unbounded(timeout)
         return JobWatch(self._connection.stubs.training.WatchJob(request, **arguments))
+
+    def read_data(self, data_id: str, *, timeout: float | None = None) -> DataReading:
+        """Reads an uploaded file. Iterating yields its bytes in pieces.
+
+        `timeout` None means no deadline. Raises DataNotFound, and ServerFault (DATA_CORRUPT) before
+        the last piece of a file that was damaged.
+        """
+        request = training_pb2.ReadDataRequest(data_id=data_id)
+        arguments = self._connection.defaults.unbounded(timeout)
+        return DataReading(self._connection.stubs.training.ReadData(request, **arguments))

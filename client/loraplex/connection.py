@@ -15,7 +15,7 @@ import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, Self, TypeVar, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -72,6 +72,7 @@ class ServerConnection(ABC):
         options: AccessOptions,
     ) -> None:
         self._target = target
+        self._owns_channel = True
         if any(name.lower() == "authorization" for name, _ in metadata):
             if options.get("key") or options.get("key_file"):
                 raise invalid("key", "is given twice, since metadata has authorization as well")
@@ -127,6 +128,25 @@ class ServerConnection(ABC):
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
 
+    def for_caller(self, key: str, metadata: channel.Metadata) -> Self:
+        """Returns a connection with the key of somebody else, over the channel of this one.
+
+        Raises InvalidRequest if the key would leave this machine unencrypted.
+        """
+        if key and not self._access.is_private:
+            raise invalid("key", "it is not sent, because the connection is not encrypted")
+        other = self._over_same_channel()
+        other._owns_channel = False
+        other.defaults = dataclasses.replace(
+            self.defaults,
+            metadata=(*self.defaults.metadata, *metadata),
+            key=ClientKey(key, "key") if key else None,
+        )
+        return other
+
+    def _over_same_channel(self) -> Self:
+        return copy.copy(self)
+
     @abstractmethod
     async def _finished(self, call: Any) -> Any:
         """Returns the reply of a unary call, given what its stub returned."""
@@ -169,7 +189,8 @@ class BlockingConnection(ServerConnection):
         time.sleep(seconds)  # noqa: ASYNC251 - blocking is its purpose
 
     def close(self) -> None:
-        self._channel.close()
+        if self._owns_channel:
+            self._channel.close()
 
 
 class AsyncConnection(ServerConnection):
@@ -182,6 +203,12 @@ class AsyncConnection(ServerConnection):
     @functools.cached_property
     def stubs(self) -> Stubs:
         return Stubs(self._channel)
+
+    def _over_same_channel(self) -> Self:
+        other = copy.copy(self)
+        # Both are made at the first use, which may be the copy's.
+        other.__dict__.update(_channel=self._channel, stubs=self.stubs)
+        return other
 
     async def _finished(self, call: Any) -> Any:
         return await call
@@ -196,18 +223,6 @@ class AsyncConnection(ServerConnection):
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
-    def for_caller(self, key: str, metadata: channel.Metadata) -> AsyncConnection:
-        """Returns this connection with another key; both use one channel, which this one closes."""
-        other = copy.copy(self)
-        other.__dict__.update(_channel=self._channel, stubs=self.stubs)
-        client_key = ClientKey(key, "key") if key else None
-        if client_key is not None and not self._access.is_private:
-            raise invalid("key", "it is not sent, because the connection is not encrypted")
-        other.defaults = dataclasses.replace(
-            self.defaults, metadata=(*self.defaults.metadata, *metadata), key=client_key
-        )
-        return other
-
     async def close(self) -> None:
-        if "_channel" in self.__dict__:
+        if self._owns_channel and "_channel" in self.__dict__:
             await self._channel.close()

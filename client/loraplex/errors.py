@@ -124,6 +124,14 @@ class JobNotFound(NotFound):
     """The training job does not exist, or the server no longer remembers it."""
 
 
+class DataNotFound(NotFound):
+    """The file of examples does not exist."""
+
+
+class DataConflict(LoraplexError):
+    """The request id belongs to a file of examples with other bytes; `resource` is that file."""
+
+
 class JobConflict(LoraplexError):
     """The request id belongs to a training job with other content; `resource` is that job."""
 
@@ -205,6 +213,8 @@ _KINDS: dict[str | grpc.StatusCode, type[LoraplexError]] = {
     "UPLOAD_OFFSET": UploadOutOfStep,
     "JOB_NOT_FOUND": JobNotFound,
     "JOB_CONFLICT": JobConflict,
+    "DATA_NOT_FOUND": DataNotFound,
+    "DATA_CONFLICT": DataConflict,
     "QUOTA_EXCEEDED": QuotaExceeded,
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,

@@ -94,12 +94,55 @@ class JobError:
 
 
 @dataclass(frozen=True, slots=True)
+class JobCheckpoint:
+    """An adapter that was registered after `step`, while its job ran on.
+
+    `adapter_id` is its name and version, as in "name@1". `loss` is that of the step in nats.
+    """
+
+    step: int
+    adapter_id: str
+    digest: str
+    time: datetime | None
+    evaluation: Evaluation | None
+    loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobSettings:
+    """What a job was asked for beside its method. None means the trainer's default."""
+
+    epochs: float | None
+    steps: int | None
+    batch_size: int | None
+    accumulation: int | None
+    max_length: int | None
+    eval_fraction: float | None
+    eval_every: int | None
+    patience: int | None
+    seed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobDelivery:
+    """What happens to the finished adapter: see `TrainingOptions`."""
+
+    replace: bool
+    load: bool
+    alias: str
+    labels: Mapping[str, str]
+    checkpoints: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingJob:
     """A training job. Times are in UTC.
 
     `options` are the options of the training method. `queue_position` is the number of jobs ahead
     of a queued job. `resumptions` counts restarts after a crash of the server. `estimated_bytes` is
-    the expected peak memory, 0 if unknown.
+    the expected peak memory, 0 if unknown. `checkpoints` are the adapters that were registered
+    during the job, the oldest first. `learning_rate` is the one that was asked for; None means the
+    trainer's default.
     """
 
     job_id: str
@@ -116,6 +159,11 @@ class TrainingJob:
     progress: JobProgress | None
     result: JobResult | None
     error: JobError | None
+    checkpoints: tuple[JobCheckpoint, ...]
+    trained_tokens: int
+    settings: JobSettings
+    learning_rate: float | None
+    delivery: JobDelivery
 
 
 class TrainingOptions(TypedDict, total=False):
@@ -156,6 +204,7 @@ class TrainingOptions(TypedDict, total=False):
     load: bool | None  # load it onto the device
     alias: str | None  # point this alias to it
     labels: Mapping[str, str] | None
+    checkpoints: bool | None  # register it at every evaluation, too, as NAME-step-N: the latest 8
 
 
 def create(
@@ -166,6 +215,8 @@ def create(
     eval_server_path: str,
     request_id: str,
     given: TrainingOptions,
+    data_id: str = "",
+    eval_data_id: str = "",
 ) -> training_pb2.CreateJobRequest:
     """Returns the request for a job. Raises InvalidRequest; TypeError for an unknown keyword."""
     refuse_unknown(given, TrainingOptions)
@@ -183,8 +234,8 @@ def create(
         # A retry after a lost reply must not create a second job.
         request_id=request_id or uuid.uuid4().hex,
         spec=part(training_pb2.TrainingSpec, "", spec),
-        data=_data("data", data, server_path, needed=True),
-        eval_data=_data("eval_data", eval_data, eval_server_path, needed=False),
+        data=_data("data", data, server_path, data_id, needed=True),
+        eval_data=_data("eval_data", eval_data, eval_server_path, eval_data_id, needed=False),
         delivery=part(training_pb2.TrainingDelivery, "", values),
     )
 
@@ -213,9 +264,18 @@ def page(size: int, states: Sequence[JobState | str]) -> training_pb2.ListJobsRe
 
 
 def job(reply: training_pb2.TrainingJob) -> TrainingJob:
-    method = reply.spec.method
-    options = dict(method.options)
-    return read(TrainingJob, reply, name=reply.spec.name, method=method.name, options=options)
+    spec = reply.spec
+    optimiser = spec.optimiser
+    rate = optimiser.learning_rate if optimiser.HasField("learning_rate") else None
+    return read(
+        TrainingJob,
+        reply,
+        name=spec.name,
+        method=spec.method.name,
+        options=dict(spec.method.options),
+        settings=read(JobSettings, spec),
+        learning_rate=rate,
+    )
 
 
 class JobLog:
@@ -229,15 +289,23 @@ class JobLog:
 
 
 def _data(
-    field: str, local: bytes | str | os.PathLike[str] | None, server_path: str, needed: bool
+    field: str,
+    local: bytes | str | os.PathLike[str] | None,
+    server_path: str,
+    data_id: str,
+    needed: bool,
 ) -> training_pb2.TrainingData | None:
-    if local is not None and server_path:
-        raise invalid(field, "give either the data or its path on the server")
+    if (local is not None) + bool(server_path) + bool(data_id) > 1:
+        text = "give either the data, its path on the server or the id of an uploaded file"
+        raise invalid(field, text)
+    if data_id:
+        return fill(training_pb2.TrainingData, f"{field}.", data_id=data_id)
     if server_path:
         return fill(training_pb2.TrainingData, f"{field}.", path=server_path)
     if local is None:
         if needed:
-            raise invalid(field, "give the data, or its path on the server")
+            text = "give the data, its path on the server or the id of an uploaded file"
+            raise invalid(field, text)
         return None
     if isinstance(local, bytes):
         return training_pb2.TrainingData(jsonl=local)

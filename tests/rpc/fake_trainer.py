@@ -2,6 +2,8 @@
 
     {"text": "step 3"}          goes up to step 3, and saves there
     {"text": "eval 0.5"}        an evaluation with this loss
+    {"text": "sample hi"}       a sampled answer
+    {"text": "export DIR"}      the adapter as it is now is a copy of that one
     {"text": "hold"}            goes on only when `release` lies in the job's folder, or SIGINT came
     {"text": "deaf"}            SIGINT does nothing from here on
     {"text": "publish DIR"}     ends well, with a copy of that adapter
@@ -95,6 +97,12 @@ def train(name: str, lines: list[str], run: Path, steps: int) -> None:
             case "eval":
                 emit("Evaluated", job=name, step=step, loss=float(rest), perplexity=2.0,
                      metric=None, best=True)  # fmt: skip
+            case "sample":
+                emit("Sampled", job=name, step=step, prompt="p", answer=rest, reference="r")
+            case "export":
+                path = run / f"step-{step}"
+                shutil.copytree(rest, path, dirs_exist_ok=True)
+                emit("Exported", job=name, step=step, path=str(path))
             case "hold":
                 wait_for(run.parent / "release")
             case "deaf":

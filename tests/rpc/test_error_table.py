@@ -33,6 +33,7 @@ from loraplex_server.rpc.calls.errors import TABLE, Detail
 from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.services import generation
 from loraplex_server.rpc.services.training import TrainingService
+from loraplex_server.training.files.shelf import ShelfLimits
 from rpc.harness import (
     CRASH,
     FAULT,
@@ -301,6 +302,37 @@ async def job_not_found(up: Running, patch: pytest.MonkeyPatch) -> None:
 async def job_conflict(up: Running, patch: pytest.MonkeyPatch) -> None:
     await jobs(up).CreateJob(order("diverge", name="asked-for", request_id="one"))
     await jobs(up).CreateJob(order("diverge", name="asked-otherwise", request_id="one"))
+
+
+async def uploaded(up: Running, data: bytes, **start: str) -> training_pb2.DataFile:
+    part = training_pb2.UploadDataRequest
+    reply = await jobs(up).UploadData(iter([part(start=start), part(chunk=data)]))
+    return reply.file
+
+
+@raises(Reason.DATA_NOT_FOUND)
+async def data_not_found(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await jobs(up).GetData(training_pb2.GetDataRequest(data_id="0"))
+
+
+@raises(Reason.DATA_CONFLICT)
+async def data_conflict(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await uploaded(up, b"one", request_id="one")
+    await uploaded(up, b"two", request_id="one")
+
+
+@raises(Reason.DATA_FULL)
+async def data_full(up: Running, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(up.server._training._shelf, "_limits", ShelfLimits(1 << 20, 0, 1 << 20))
+    await uploaded(up, b"one too many")
+
+
+@raises(Reason.DATA_CORRUPT)
+async def data_corrupt(up: Running, patch: pytest.MonkeyPatch) -> None:
+    file = await uploaded(up, b"as it was")
+    (up.server._training._records.data / file.data_id / "data").write_bytes(b"as it is")
+    call = jobs(up).ReadData(training_pb2.ReadDataRequest(data_id=file.data_id))
+    await rest(call)
 
 
 def calling(patch: pytest.MonkeyPatch, *known: Principal) -> None:

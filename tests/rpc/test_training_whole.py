@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from loraplex import AsyncClient, InvalidRequest, JobState
+from loraplex import AsyncClient, InvalidRequest, JobState, TrainingJob
 from loraplex_server.app import Server
 from loraplex_server.config import Config
 from train import runs
@@ -25,6 +25,28 @@ def _trainer_plans() -> None:
     )  # fmt: skip
     if "--json" not in shown.stdout:
         pytest.skip("the trainer has no plan --json")
+
+
+async def require_history(client: AsyncClient, done: TrainingJob) -> None:
+    """All steps and evaluations are told, samples before and after, and adapters in between."""
+    told = await client.training.events(done.job_id)
+    steps = [event.progress.step for event in told if event.progress]
+    evaluated = [event.evaluation.step for event in told if event.evaluation]
+    assert (steps, evaluated) == (list(range(1, 13)), [0, 4, 8, 12])
+    samples = [event.samples for event in told if event.samples]
+    assert [each.step for each in samples] == [0, 12]
+    assert [one.prompt for one in samples[0].samples] == [o.prompt for o in samples[1].samples]
+    assert all(one.expected for one in samples[0].samples)
+    assert [each.step for each in done.checkpoints] == [4, 8, 12]
+    best = done.progress.best_evaluation.step
+    prompt = {"max_new_tokens": 8, "temperature": 0.0}
+    said = {}
+    for each in done.checkpoints:
+        answer = await client.generate("abc>", adapter=each.adapter_id, **prompt)
+        assert answer.adapters[0].digest == each.digest
+        said[each.step] = answer.token_ids
+    finished = await client.generate("abc>", adapter="tickets", **prompt)
+    assert finished.token_ids == said[best]  # the finished adapter is that of the best evaluation
 
 
 @pytest.mark.slow  # five processes that import torch
@@ -58,9 +80,12 @@ async def test_what_is_ordered_is_trained_registered_and_served(
             with pytest.raises(InvalidRequest) as caught:
                 await client.training.create("broken", b'{"prompt": 1}\nno json\n', steps=1)
             assert len(caught.value.violations) >= 2
+            stored = await client.training.upload_data(data)
             job = await client.training.create(
                 "tickets",
-                data,
+                data_id=stored.data_id,
+                eval_every=4,
+                checkpoints=True,
                 options={"r": 2},
                 steps=12,
                 batch_size=4,
@@ -78,6 +103,8 @@ async def test_what_is_ordered_is_trained_registered_and_served(
             assert done.progress.best_evaluation is not None
             assert done.result.loaded
             assert done.result.peak_bytes > 0
+            assert done.trained_tokens > 0
+            await require_history(client, done)
             adapter = await client.get_adapter("live")
             assert (adapter.name, adapter.digest) == ("tickets", done.result.digest)
             prompt = {"max_new_tokens": 8, "temperature": 0.0}

@@ -65,7 +65,7 @@ def test_a_refusal_says_why_and_when_to_come_back() -> None:
 
 GROWTH = {
     "StartUpload", "UploadAdapter", "RegisterAdapter", "ValidateAdapter", "MergeAdapter",
-    "CreateJob",
+    "CreateJob", "UploadData",
 }  # fmt: skip
 WORK = {"Generate", "GenerateStream", "LoadAdapter", "PinAdapter", "RenderChat"}
 

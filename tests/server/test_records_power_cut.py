@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from loraplex_server.runtime.lanes import Lanes
 from loraplex_server.training.creation import JobFactory
+from loraplex_server.training.files.folder import DataFolder
+from loraplex_server.training.files.record import DataFileRecord, DataUpload
+from loraplex_server.training.files.shelf import DataShelf, ShelfLimits
 from loraplex_server.training.jobs import JobOrder, JobRecord, State
 from loraplex_server.training.records import RECORD, Records
 from loraplex_server.training.request import DataSource, JobRequest
@@ -28,9 +33,14 @@ class Planned(Trainer):
         pass
 
 
+def shelf_of(records: Records) -> DataShelf:
+    limits = ShelfLimits(1 << 20, 10, 1 << 20)
+    return DataShelf(DataFolder(records.data), limits, Lanes().training)
+
+
 async def create(records: Records, top: Path) -> JobRecord:
     trainer = Planned(["true"], {"model": "tiny"})
-    factory = JobFactory(records, trainer, top, 1 << 20)
+    factory = JobFactory(records, trainer, shelf_of(records), top, 1 << 20)
     request = JobRequest(JobOrder(name="job"), DataSource(EXAMPLES))
     return await factory.create(request, "", 0, lambda: None)
 
@@ -69,5 +79,48 @@ async def test_a_job_that_was_accepted_is_there_with_its_examples(tmp_path: Path
         if state in (State.QUEUED, State.RUNNING):  # a server would train it
             assert (folder / DATA).read_bytes() == EXAMPLES
             assert (folder / CONFIG).read_bytes() == configuration
+
+    replay(recorder.moments, check)
+
+
+async def test_a_file_that_was_stored_is_there_whole(tmp_path: Path) -> None:
+    root = tmp_path / "var" / "jobs"
+    recorder = Recorder(tmp_path)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for at in range(0, len(EXAMPLES), 1000):
+            yield EXAMPLES[at : at + 1000]
+
+    async def allowed(held: int, size: int) -> None:
+        pass
+
+    with recorder.recording():
+        records = Records(root)
+        assert records.acquire()
+        shelf = shelf_of(records)
+        await shelf.load()
+        stored = await shelf.receive(DataUpload("", "peer", "a", "once"), chunks(), allowed)
+        recorder.acknowledge("stored")
+        await shelf.remove(stored.id, None)
+        recorder.acknowledge("removed")
+        records.release()
+
+    def check(left: Path, acknowledged: frozenset[str]) -> None:
+        folder = DataFolder(left / "var" / "jobs" / "files")
+        found: list[DataFileRecord] = folder.load()
+        if "removed" in acknowledged:
+            assert not found
+        elif "stored" in acknowledged:
+            assert found in ([stored], [])  # it is being removed
+        for record in found:
+            assert record == stored
+            target = left / "copy"
+            target.unlink(missing_ok=True)
+            folder.copy(record, target)  # compares the bytes with the digest
+            assert target.read_bytes() == EXAMPLES
+        there = left / "var" / "jobs" / "files"
+        assert not there.exists() or {path.name for path in there.iterdir()} == {
+            record.id for record in found
+        }
 
     replay(recorder.moments, check)

@@ -6,8 +6,9 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -61,6 +62,34 @@ def test_a_trainer_dies_with_a_killed_server_and_goes_on_with_the_next(tmp_path:
     record = json.loads((folder / "job.json").read_text())
     assert (record["state"], record["progress"]["saved_step"]) == ("interrupted", 3)
     assert "resumptions" not in record or record["resumptions"] == 0
+
+
+def test_a_killed_server_keeps_whole_files_and_no_halves(tmp_path: Path) -> None:
+    more = settings(tmp_path)
+    part = pb.UploadDataRequest
+    files = jobs_dir(tmp_path) / "files"
+    done = threading.Event()
+
+    def half() -> Iterator[pb.UploadDataRequest]:
+        yield part(start={"filename": "half"})
+        yield part(chunk=b"half")
+        done.wait(60)
+
+    with serving(tmp_path, **more) as up:
+        whole = iter([part(start={"filename": "whole"}), part(chunk=b"whole")])
+        file = stub(up).UploadData(whole).file
+        call = stub(up).UploadData.future(half())
+        wait_for(lambda: len(list(files.iterdir())) == 2)
+        up.process.kill()
+        up.wait()
+        done.set()
+        assert call.exception() is not None
+        assert len(list(files.iterdir())) == 2
+    with serving(tmp_path, **more) as up:
+        assert list(stub(up).ListData(pb.ListDataRequest()).files) == [file]
+        pieces = stub(up).ReadData(pb.ReadDataRequest(data_id=file.data_id))
+        assert b"".join(piece.chunk for piece in pieces) == b"whole"
+        assert [path.name for path in files.iterdir()] == [file.data_id]
 
 
 def test_a_folder_of_jobs_that_cannot_be_used_is_told(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from loraplex_model.base.refusal import Problem, Reason
 from loraplex_training.report.events import (
     Evaluated,
     Event,
+    Exported,
     Failed,
     JobEnded,
     JobStatus,
@@ -35,6 +36,7 @@ EVENTS: tuple[Event, ...] = (
     Evaluated("a", 3, 0.5, math.exp(0.5), 0.75, True),
     Evaluated("a", 4, 0.5, math.exp(0.5), None, False),
     Sampled("a", 0, 'a "prompt"\n', "ünïcode \u2028", ""),
+    Exported("a", 4, Path("var/runs/a/a/step-000004")),
     JobEnded("a", JobStatus.STOPPED_EARLY, 9, "no better for 3 evaluations"),
     Saved(10, Path("var/runs/a/checkpoints/10")),
     Published("a", Path("x"), "sha256:0", "a@3", "localhost:1", "Hi"),

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -19,6 +20,7 @@ from loraplex_model.ops.dtypes import BY_NAME
 from rich.console import Console
 from rich.table import Table
 
+from loraplex_training.publish.evaluated import keep_evaluated
 from loraplex_training.publish.publish import publish
 from loraplex_training.publish.target import Target, keep, kept
 from loraplex_training.report import curves
@@ -90,8 +92,9 @@ class _Session:
             for note in dataset.report.notes():
                 self.say(f"{name}: note: {note}")
         answer = answering(Generator(run.base.weights, run.spec.cache), run.text)
+        export = partial(keep_evaluated, run) if run.spec.keep_evaluated else None
         with _stoppable(run) as signals:
-            jobs = list(run.train(answer).values())
+            jobs = list(run.train(answer, export).values())
         self.display.close()
         if signals and any(job.active for job in jobs):
             self.say(f"saved; continue with: loraplex-train resume {self.out}")

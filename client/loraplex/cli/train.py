@@ -9,13 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
-from loraplex.cli import options, output, training_output
+from loraplex.cli import options, output, train_data, training_output
 from loraplex.cli.command import command
 from loraplex.cli.options import option
 from loraplex.cli.session import ExitStatus, Session
 from loraplex.training import JobState, TrainingJob, TrainingOptions
 
 app = typer.Typer(name="train", help="Train adapters on the server.", no_args_is_help=True)
+
+app.add_typer(train_data.app)
 
 JobId = Annotated[
     str, typer.Argument(metavar="JOB", help="Job id, as printed by `loraplex train create`.")
@@ -43,6 +45,9 @@ _JOB: Mapping[str, Any] = {
     "replace": option("Registration", "Move a name that is taken to the new adapter.", "--replace"),
     "load": option("Registration", "Load the adapter onto the device when it is ready.", "--load"),
     "alias": option("Registration", "Point this alias to the new adapter."),
+    "checkpoints": option(
+        "Registration", "Register it at every evaluation, too, as NAME-step-N.", "--checkpoints"
+    ),
 }
 """The keys of TrainingOptions that are options of `create`."""
 
@@ -55,12 +60,16 @@ def create(
         str,
         typer.Argument(
             metavar="DATA",
-            help="File of examples: JSON lines, JSON or CSV. At most 3 MiB if it is a local file.",
+            help="File of examples: JSON lines, JSON or CSV. At most 3 MiB if it is a local file; "
+            "`loraplex train data upload` stores larger ones.",
         ),
     ],
     *,
     on_server: Annotated[
         bool, option("Data", "Read DATA on the server, below its import root.", "--on-server")
+    ] = False,
+    uploaded: Annotated[
+        bool, option("Data", "DATA is the id of a file that was uploaded.", "--uploaded")
     ] = False,
     eval_data: Annotated[
         str, option("Data", "Evaluation data, in the same place as DATA.", metavar="FILE")
@@ -91,10 +100,7 @@ def create(
     }
     job = session.client.training.create(
         name,
-        None if on_server else Path(data),
-        server_path=data if on_server else "",
-        eval_data=Path(eval_data) if eval_data and not on_server else None,
-        eval_server_path=eval_data if on_server else "",
+        **_sources(data, eval_data, on_server, uploaded),
         request_id=request_id,
         timeout=session.timeout,
         **chosen,
@@ -103,6 +109,17 @@ def create(
         _follow(session, job)
     else:
         session.show(job, training_output.write_queued)
+
+
+def _sources(data: str, eval_data: str, on_server: bool, uploaded: bool) -> dict[str, Any]:
+    """Returns the arguments of `create` that say where the examples are."""
+    if on_server and uploaded:
+        raise typer.BadParameter("give either --on-server or --uploaded")
+    if on_server:
+        return {"server_path": data, "eval_server_path": eval_data}
+    if uploaded:
+        return {"data_id": data, "eval_data_id": eval_data}
+    return {"data": Path(data), "eval_data": Path(eval_data) if eval_data else None}
 
 
 @command(app, "get")
@@ -125,6 +142,21 @@ def list_(
         session.show(found, training_output.write_jobs)
     else:
         output.note("no training jobs; start one with: loraplex train create NAME DATA")
+
+
+@command(app, "events")
+def events(
+    session: Session,
+    job_id: JobId,
+    limit: Annotated[
+        int, option("Filter", "Number of events to show, the latest; 0 shows all.", min=0)
+    ] = 0,
+) -> None:
+    """List what happened to a job, the oldest event first."""
+    found = session.client.training.events(job_id, limit=limit, newest_first=bool(limit))
+    if limit:
+        found.reverse()
+    session.show(found, training_output.write_events)
 
 
 @command(app, "cancel")

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from loraplex.cli import output
-from loraplex.training import JobProgress, JobState, TrainingJob
+from loraplex.jobs.events import JobEvent
+from loraplex.training import JobCheckpoint, JobProgress, JobState, TrainingJob
 
 
 def write_jobs(jobs: Sequence[TrainingJob]) -> None:
@@ -37,9 +38,34 @@ def write_job(job: TrainingJob) -> None:
 def _write_field(name: str, value: object) -> None:
     """Prints a line for a value, or one for each item of a tuple."""
     for item in value if isinstance(value, tuple) else (value,):
-        if item is not None:
+        if isinstance(item, JobCheckpoint):
+            print(f"{name}: {item.adapter_id} {item.digest}")
+        elif item is not None:
             text = output.plain(item)
             print(f"{name}: {_safe(text) if isinstance(text, str) else text}")
+
+
+def write_events(events: Sequence[JobEvent]) -> None:
+    """Prints a line for each event: its time, and what happened."""
+    for event in events:
+        time = event.time.isoformat(timespec="seconds")
+        print(f"{time} {_safe(_what(event))}")
+
+
+def _what(event: JobEvent) -> str:
+    """Returns what happened, in one line."""
+    if event.state is not None:
+        return str(event.state)
+    if event.progress is not None:
+        return f"step {event.progress.step}{_numbers(event.progress)}"
+    if event.evaluation is not None:
+        return f"evaluation at step {event.evaluation.step}: loss {event.evaluation.loss:.4f}"
+    if event.checkpoint is not None:
+        return f"registered {event.checkpoint.adapter_id}"
+    if event.samples is not None:
+        said = "; ".join(repr(sample.answer) for sample in event.samples.samples)
+        return f"answers at step {event.samples.step}: {said}"
+    return event.message or ""
 
 
 @contextmanager

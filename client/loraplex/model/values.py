@@ -36,7 +36,8 @@ class ModelDescription:
     `fingerprint` is the digest of its weights. `max_context` counts prompt and completion together.
     `eos_tokens` end a completion, unless an adapter has its own. `bos_token` begins a prompt; None
     if the model adds none. `chat_template` is None if the model has none. `hidden_size` is the
-    number of components of an embedding; 0 from an older server.
+    number of components of an embedding; 0 from an older server. `has_structured_output` says
+    whether the form of completions can be asked for.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ModelDescription:
     has_tokenizer: bool
     chat_template: ChatTemplateInfo | None
     hidden_size: int = 0
+    has_structured_output: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,8 +146,10 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListJobEvents(self, request, context):
-        """ListJobEvents lists what happened to a job, the oldest first, one page per call. Of a job's steps and
-        evaluations all that its trainer has reported are kept with the job.
+        """ListJobEvents lists what happened to a job, one page per call. The events are kept with the job. Of a job
+        with very many steps, every second one is dropped again and again, so that there are never more than
+        20000 events. A job that continues from a checkpoint repeats the steps after it, whose first events are
+        removed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,6 +157,8 @@ class TrainingServiceServicer:
 
     def UploadData(self, request_iterator, context):
         """UploadData stores a file of examples, sent in chunks, for jobs to name. The first message holds `start`.
+        The file exists once the call has succeeded; of a call that ends before that, nothing is kept. What the
+        file holds is checked when a job is created with it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -175,7 +179,8 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReadData(self, request, context):
-        """ReadData returns the bytes of an uploaded file in chunks.
+        """ReadData returns the bytes of an uploaded file in chunks. A file whose bytes have changed on the disk is
+        never returned whole: the call ends with DATA_CORRUPT before its last chunk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

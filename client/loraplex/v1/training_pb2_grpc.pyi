@@ -58,17 +58,24 @@ class TrainingServiceStub:
     only the newest state. A server that shuts down ends the stream.
     """
     ListJobEvents: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListJobEventsRequest, _training_pb2.ListJobEventsResponse]
-    """ListJobEvents lists what happened to a job, the oldest first, one page per call. Of a job's steps and
-    evaluations all that its trainer has reported are kept with the job.
+    """ListJobEvents lists what happened to a job, one page per call. The events are kept with the job. Of a job
+    with very many steps, every second one is dropped again and again, so that there are never more than
+    20000 events. A job that continues from a checkpoint repeats the steps after it, whose first events are
+    removed.
     """
     UploadData: _grpc.StreamUnaryMultiCallable[_training_pb2.UploadDataRequest, _training_pb2.UploadDataResponse]
-    """UploadData stores a file of examples, sent in chunks, for jobs to name. The first message holds `start`."""
+    """UploadData stores a file of examples, sent in chunks, for jobs to name. The first message holds `start`.
+    The file exists once the call has succeeded; of a call that ends before that, nothing is kept. What the
+    file holds is checked when a job is created with it.
+    """
     GetData: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetDataRequest, _training_pb2.GetDataResponse]
     """GetData describes an uploaded file."""
     ListData: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListDataRequest, _training_pb2.ListDataResponse]
     """ListData lists the uploaded files, the newest first, one page per call."""
     ReadData: _grpc.UnaryStreamMultiCallable[_training_pb2.ReadDataRequest, _training_pb2.ReadDataResponse]
-    """ReadData returns the bytes of an uploaded file in chunks."""
+    """ReadData returns the bytes of an uploaded file in chunks. A file whose bytes have changed on the disk is
+    never returned whole: the call ends with DATA_CORRUPT before its last chunk.
+    """
     DeleteData: _grpc.UnaryUnaryMultiCallable[_training_pb2.DeleteDataRequest, _training_pb2.DeleteDataResponse]
     """DeleteData deletes an uploaded file. Jobs that were created with it keep their copy."""
 
@@ -102,17 +109,24 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     only the newest state. A server that shuts down ends the stream.
     """
     ListJobEvents: _aio.UnaryUnaryMultiCallable[_training_pb2.ListJobEventsRequest, _training_pb2.ListJobEventsResponse]  # type: ignore[assignment]
-    """ListJobEvents lists what happened to a job, the oldest first, one page per call. Of a job's steps and
-    evaluations all that its trainer has reported are kept with the job.
+    """ListJobEvents lists what happened to a job, one page per call. The events are kept with the job. Of a job
+    with very many steps, every second one is dropped again and again, so that there are never more than
+    20000 events. A job that continues from a checkpoint repeats the steps after it, whose first events are
+    removed.
     """
     UploadData: _aio.StreamUnaryMultiCallable[_training_pb2.UploadDataRequest, _training_pb2.UploadDataResponse]  # type: ignore[assignment]
-    """UploadData stores a file of examples, sent in chunks, for jobs to name. The first message holds `start`."""
+    """UploadData stores a file of examples, sent in chunks, for jobs to name. The first message holds `start`.
+    The file exists once the call has succeeded; of a call that ends before that, nothing is kept. What the
+    file holds is checked when a job is created with it.
+    """
     GetData: _aio.UnaryUnaryMultiCallable[_training_pb2.GetDataRequest, _training_pb2.GetDataResponse]  # type: ignore[assignment]
     """GetData describes an uploaded file."""
     ListData: _aio.UnaryUnaryMultiCallable[_training_pb2.ListDataRequest, _training_pb2.ListDataResponse]  # type: ignore[assignment]
     """ListData lists the uploaded files, the newest first, one page per call."""
     ReadData: _aio.UnaryStreamMultiCallable[_training_pb2.ReadDataRequest, _training_pb2.ReadDataResponse]  # type: ignore[assignment]
-    """ReadData returns the bytes of an uploaded file in chunks."""
+    """ReadData returns the bytes of an uploaded file in chunks. A file whose bytes have changed on the disk is
+    never returned whole: the call ends with DATA_CORRUPT before its last chunk.
+    """
     DeleteData: _aio.UnaryUnaryMultiCallable[_training_pb2.DeleteDataRequest, _training_pb2.DeleteDataResponse]  # type: ignore[assignment]
     """DeleteData deletes an uploaded file. Jobs that were created with it keep their copy."""
 
@@ -179,8 +193,10 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.ListJobEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.ListJobEventsResponse, _abc.Awaitable[_training_pb2.ListJobEventsResponse]]:
-        """ListJobEvents lists what happened to a job, the oldest first, one page per call. Of a job's steps and
-        evaluations all that its trainer has reported are kept with the job.
+        """ListJobEvents lists what happened to a job, one page per call. The events are kept with the job. Of a job
+        with very many steps, every second one is dropped again and again, so that there are never more than
+        20000 events. A job that continues from a checkpoint repeats the steps after it, whose first events are
+        removed.
         """
 
     @_abc_1.abstractmethod
@@ -189,7 +205,10 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_training_pb2.UploadDataRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.UploadDataResponse, _abc.Awaitable[_training_pb2.UploadDataResponse]]:
-        """UploadData stores a file of examples, sent in chunks, for jobs to name. The first message holds `start`."""
+        """UploadData stores a file of examples, sent in chunks, for jobs to name. The first message holds `start`.
+        The file exists once the call has succeeded; of a call that ends before that, nothing is kept. What the
+        file holds is checked when a job is created with it.
+        """
 
     @_abc_1.abstractmethod
     def GetData(
@@ -213,7 +232,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.ReadDataRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_training_pb2.ReadDataResponse], _abc.AsyncIterator[_training_pb2.ReadDataResponse]]:
-        """ReadData returns the bytes of an uploaded file in chunks."""
+        """ReadData returns the bytes of an uploaded file in chunks. A file whose bytes have changed on the disk is
+        never returned whole: the call ends with DATA_CORRUPT before its last chunk.
+        """
 
     @_abc_1.abstractmethod
     def DeleteData(

@@ -159,6 +159,14 @@ class Reason(StrEnum):
     """The request id was used for another training job."""
     JOB_QUEUE_FULL = auto()
     """The largest permitted number of training jobs is waiting."""
+    DATA_NOT_FOUND = auto()
+    """There is no such file of examples."""
+    DATA_CONFLICT = auto()
+    """The request id was used for a file of examples with other bytes."""
+    DATA_FULL = auto()
+    """The server keeps as many files of examples, or as many bytes of them, as it may."""
+    DATA_CORRUPT = auto()
+    """The bytes of a file of examples have changed since it was uploaded."""
 
     # the server
     OVERLOADED = auto()

@@ -22,7 +22,8 @@ class PrincipalLimits:
         concurrent_requests: generations that run or wait.
         queue_share: part of the server's places for requests, from 0 to 1.
         adapters: adapters that the principal's selector matches.
-        store_bytes: bytes of the current versions of these adapters.
+        store_bytes: bytes of the current versions of these adapters, and of the principal's files
+            of examples for training.
         max_priority: highest priority of a request; a higher one counts as this.
     """
 

@@ -56,6 +56,9 @@ class Registry:
     `engine` directly. Every method may raise `Refusal`, and none blocks the event loop: files and
     index are accessed in the threads of `lanes`. While the index is away, adapters whose names are
     known are still resolved; other calls that need it are refused with STORE_UNAVAILABLE.
+
+    Attributes:
+        data_bytes: returns the bytes of a principal's files of examples for training.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Registry:
         count_changes = partial(self.lanes.count.run, store.change_counter)
         self._names = AdapterNames(count_changes, self._look_up)
         watch_names(metrics, self._names)
+        self.data_bytes: Callable[[str], int] = lambda principal: 0
         self._texts = texts or AdapterTexts()
         self.signatures = signatures or Signatures()
         self.feed = AdapterFeed(self._catalogue, count_changes)

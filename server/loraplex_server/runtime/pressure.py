@@ -53,6 +53,7 @@ _GROWTH: Final = frozenset(
     {
         "StartUpload",
         "UploadAdapter",
+        "UploadData",
         "RegisterAdapter",
         "ValidateAdapter",
         "MergeAdapter",

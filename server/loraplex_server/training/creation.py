@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex_model.base.durable import flush
+from loraplex_model.base.refusal import Problem, Reason, Refusal
 
 from loraplex_server.access.rules import import_folder
 from loraplex_server.training import data
+from loraplex_server.training.files.record import DataFileRecord
+from loraplex_server.training.files.shelf import DataShelf
 from loraplex_server.training.jobs import JobRecord
-from loraplex_server.training.records import Records
+from loraplex_server.training.records import Records, next_id
 from loraplex_server.training.request import JobRequest
 from loraplex_server.training.trainer import CONFIG, DATA, EVAL_DATA, Trainer
 
@@ -24,10 +27,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class JobFactory:
-    """Creates jobs. `data_bytes` limits a file of examples, which is below `import_root`."""
+    """Creates jobs. `data_bytes` limits a file of examples below `import_root`."""
 
     records: Records
     trainer: Trainer
+    shelf: DataShelf
     import_root: Path
     data_bytes: int
 
@@ -42,10 +46,11 @@ class JobFactory:
         Raises Refusal: FIELD_INVALID, TRAINING_MEMORY, STORE_FULL, STORE_UNAVAILABLE, and the
         other reasons of `Trainer.plan`.
         """
-        job_id = _next_id(newest)
+        uploaded = self._uploaded(request)
+        job_id = next_id(newest)
         try:
             folder = await self.trainer.lane.run(self.records.make, job_id)
-            await self.trainer.lane.run(self._write, request, folder)
+            await self.trainer.lane.run(self._write, request, folder, uploaded)
             plan = await self.trainer.plan(folder)
             self.trainer.require(plan, held_bytes)
             require_open()
@@ -68,7 +73,18 @@ class JobFactory:
                 raise data.from_os_error(error) from error
             raise
 
-    def _write(self, request: JobRequest, folder: Path) -> None:
+    def _uploaded(self, request: JobRequest) -> Mapping[str, DataFileRecord]:
+        """The uploaded files that a request names, by its fields. Raises Refusal(FIELD_INVALID)."""
+        found = {}
+        for field, source in (("data", request.data), ("eval_data", request.eval_data)):
+            if source is not None and source.data_id:
+                with _of_field(f"{field}.data_id"):
+                    found[field] = self.shelf.get(source.data_id, request.principal.owner)
+        return found
+
+    def _write(
+        self, request: JobRequest, folder: Path, uploaded: Mapping[str, DataFileRecord]
+    ) -> None:
         """Writes the job's configuration and the copies of its examples. Blocks."""
         evaluated = request.eval_data is not None
         configuration = self.trainer.configuration(request.order, folder, evaluated)
@@ -79,13 +95,21 @@ class JobFactory:
                 path = f"{field}.path"
                 root = import_folder(request.principal, self.import_root)
                 data.copy(root, source.path, folder / name, self.data_bytes, path)
+            elif field in uploaded:
+                with _of_field(f"{field}.data_id"):
+                    self.shelf.copy(uploaded[field], folder / name)
             elif source is not None:
                 data.write(folder / name, source.jsonl)
         flush(folder)  # before the record is there: a job with a record has all of its inputs
 
 
-def _next_id(newest: str) -> str:
-    """Returns an id above `newest`: the time in milliseconds and a random number."""
-    last = int(newest[:12] or "0", 16)
-    number = max(time.time_ns() // 1_000_000, last + 1)
-    return f"{number:012x}-{secrets.token_hex(4)}"
+@contextmanager
+def _of_field(field: str) -> Iterator[None]:
+    """Turns a file that does not exist for the caller into a wrong value of a field."""
+    try:
+        yield
+    except Refusal as error:
+        if error.reason is not Reason.DATA_NOT_FOUND:
+            raise
+        problems = [Problem(field, error.message)]
+        raise Refusal(Reason.FIELD_INVALID, error.message, problems=problems) from error

@@ -10,14 +10,24 @@ from pathlib import Path
 from typing import Final
 
 from loraplex_adapters.format.files import open_directory
-from loraplex_adapters.store import LabelSelector
+from loraplex_adapters.store import Allotment, LabelSelector, Record
+from loraplex_adapters.store.index.labels import MAX_VALUE
 from loraplex_model.base.refusal import Reason, Refusal, Subject
 
 from loraplex_server.access.limits.allotting import allotment_of
 from loraplex_server.access.principals import EVERYBODY, Principal
 from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.terms import Registered, RegistrationTerms
-from loraplex_server.training.jobs import ADAPTER, JobOrder, JobOwner, ResultRecord
+from loraplex_server.training.jobs import (
+    ADAPTER,
+    CheckpointRecord,
+    JobOrder,
+    JobOwner,
+    ResultRecord,
+)
+
+MODEL_ID: Final = "loraplex.dev/model-id"
+"""Label of an adapter whose id in requests over HTTP is not its name."""
 
 _RETRY_SECONDS: Final = (0.5, 1.0, 2.0)
 """Pauses before each retry on an unavailable store; hours of training would be lost otherwise."""
@@ -53,7 +63,7 @@ class RegistryDestination:
             known = await self._find(order.alias, principal)
             if known is not None and known.record.name == order.alias:
                 raise _conflict(order.alias, f"{order.alias!r} is an adapter, not an alias")
-        if (allotment := allotment_of(principal)) is not None:
+        if (allotment := self._allotment(principal)) is not None:
             allowed = self._registry.store.allotments.require
             await self._registry.read(allowed, allotment, order.name, order.labels)
 
@@ -72,7 +82,7 @@ class RegistryDestination:
             load=order.load,
             seen=LabelSelector.parse(owner.seen),
             copies=owner.copies,
-            allotment=None if principal is None else allotment_of(principal),
+            allotment=None if principal is None else self._allotment(principal),
             trained=True,
         )
         try:
@@ -94,6 +104,35 @@ class RegistryDestination:
             version=record.version, digest=record.digest, loaded=loaded, warning="; ".join(problems)
         )
 
+    async def keep(
+        self, folder: Path, order: JobOrder, owner: JobOwner, step: int, again: bool
+    ) -> Record:
+        """Registers a job's adapter as it is after `step`, while the job runs on.
+
+        `again` says that the job has registered that step before. Raises Refusal.
+        """
+        principal = self._principals().get(owner.name)
+        terms = RegistrationTerms(
+            checkpoint_name(order.name, step),
+            order.replace or again,
+            _checkpoint_labels(order.labels, step),
+            seen=LabelSelector.parse(owner.seen),
+            allotment=None if principal is None else self._allotment(principal),
+            trained=True,
+        )
+        return (await self._register(folder, terms)).record
+
+    async def drop(self, checkpoint: CheckpointRecord, owner: JobOwner) -> None:
+        """Deletes an adapter that `keep` registered, unless its name means another one now."""
+        seen = LabelSelector.parse(owner.seen)
+        found = await self._registry.resolve(checkpoint.name, EVERYBODY)
+        kept = (checkpoint.name, checkpoint.version, checkpoint.digest)
+        if (found.record.name, found.record.version, found.record.digest) == kept:
+            await self._registry.delete(checkpoint.name, seen)
+
+    def _allotment(self, principal: Principal) -> Allotment | None:
+        return allotment_of(principal, 0, self._registry.data_bytes(principal.name))
+
     async def _register(self, folder: Path, terms: RegistrationTerms) -> Registered:
         # Not in a lane that clients' registrations can fill.
         source, lane = partial(open_directory, folder), self._registry.lanes.training
@@ -112,6 +151,8 @@ class RegistryDestination:
 
         def work() -> None:
             signatures.require_trained(order.name)
+            if order.checkpoints:
+                signatures.require_trained(checkpoint_name(order.name, 1))
             if order.alias:
                 signatures.require_alias(order.alias, lambda: order.name)
 
@@ -131,6 +172,20 @@ class RegistryDestination:
         if not principal.sees(found.record.labels):
             raise Refusal(Reason.PERMISSION_DENIED, f"{name} is not available to this caller")
         return found
+
+
+def checkpoint_name(name: str, step: int) -> str:
+    """The name of a job's adapter as it was after a step."""
+    return f"{name}-step-{step}"
+
+
+def _checkpoint_labels(labels: Mapping[str, str], step: int) -> dict[str, str]:
+    """The labels of a checkpoint. No two adapters must have one id in requests over HTTP."""
+    own = dict(labels)
+    if model := own.pop(MODEL_ID, ""):
+        suffix = f":ckpt-step-{step}"
+        own[MODEL_ID] = model[: MAX_VALUE - len(suffix)] + suffix
+    return own
 
 
 def _conflict(name: str, text: str) -> Refusal:

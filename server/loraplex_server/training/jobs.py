@@ -45,6 +45,7 @@ class JobOrder(msgspec.Struct, frozen=True, kw_only=True):
         load: whether to load the adapter once it is registered.
         alias: alias to point to the adapter, or "".
         labels: labels of the registered version.
+        checkpoints: whether to register the adapter at every evaluation, too.
     """
 
     name: str
@@ -55,6 +56,7 @@ class JobOrder(msgspec.Struct, frozen=True, kw_only=True):
     load: bool = False
     alias: str = ""
     labels: dict[str, str] = {}
+    checkpoints: bool = False
 
 
 class EvaluationRecord(msgspec.Struct, frozen=True):
@@ -85,6 +87,25 @@ class ProgressRecord(msgspec.Struct, frozen=True, kw_only=True):
     evaluation: EvaluationRecord | None = None
     best: EvaluationRecord | None = None
     saved_step: int = 0
+
+
+class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter that was registered while its job ran on.
+
+    Attributes:
+        step: number of optimiser steps before it.
+        name, version, digest: the registered adapter.
+        time: Unix time.
+        loss: mean loss of the step in nats.
+    """
+
+    step: int
+    name: str
+    version: int
+    digest: str
+    time: float
+    evaluation: EvaluationRecord | None = None
+    loss: float | None = None
 
 
 class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +152,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
         resumptions: number of restarts after the server died while the job ran.
         estimated_bytes, peak_bytes: memory of the trainer; 0 if unknown.
         ending: a sentence on how the training ended.
+        checkpoints: adapters that were registered during the job and are kept, the oldest first.
+        trained_tokens: number of tokens trained on.
     """
 
     id: str
@@ -150,6 +173,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     resumptions: int = 0
     estimated_bytes: int = 0
     peak_bytes: int = 0
+    checkpoints: tuple[CheckpointRecord, ...] = ()
+    trained_tokens: int = 0
 
     @property
     def final(self) -> bool:

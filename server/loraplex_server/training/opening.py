@@ -38,5 +38,11 @@ def job_queue(
         RegistryDestination(registry, principals),
         metrics,
         config.import_root,
-        JobLimits(config.training_max_jobs, config.training_keep_jobs, int(config.training_data)),
+        JobLimits(
+            waiting=config.training_max_jobs,
+            kept=config.training_keep_jobs,
+            data_bytes=int(config.training_data),
+            files=config.training_files,
+            files_bytes=int(config.training_files_size),
+        ),
     )

@@ -32,10 +32,13 @@ class RunProgress:
         ended, published, failed: these events once they have arrived.
         estimated_bytes, peak_bytes: the trainer's memory; 0 if not yet known.
         tokens: number of tokens of all steps seen here.
+        trained_tokens: number of tokens of all steps of the job.
     """
 
-    def __init__(self, state: ProgressRecord | None = None) -> None:
+    def __init__(self, state: ProgressRecord | None = None, trained_tokens: int = 0) -> None:
+        """`state` and `trained_tokens` are those of an earlier process of the same job."""
         self.state = state
+        self.trained_tokens = trained_tokens
         self.ended: JobEnded | None = None
         self.published: Published | None = None
         self.failed: Failed | None = None
@@ -50,6 +53,8 @@ class RunProgress:
         match event:
             case RunStarted():
                 self.estimated_bytes = event.estimated_bytes
+                if event.tokens or not event.step:
+                    self.trained_tokens = sum(event.tokens)
                 self.state = ProgressRecord(
                     step=event.step,
                     steps=event.steps[0] if event.steps else 0,
@@ -78,6 +83,7 @@ class RunProgress:
 
     def _step(self, now: ProgressRecord, event: StepDone) -> ProgressRecord:
         self.tokens += event.tokens
+        self.trained_tokens += event.tokens
         self._last.append((event.tokens, event.seconds))
         seconds = sum(s for _, s in self._last)
         left = max(0, now.steps - event.step)

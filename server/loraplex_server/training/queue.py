@@ -19,6 +19,9 @@ from loraplex_model.base.refusal import Reason, Refusal, Subject
 
 from loraplex_server.runtime.watched import WatchedTask
 from loraplex_server.training.creation import JobFactory
+from loraplex_server.training.files.folder import DataFolder
+from loraplex_server.training.files.shelf import DataShelf, ShelfLimits
+from loraplex_server.training.history.events import JobEventRecord
 from loraplex_server.training.jobs import ADAPTER, JOB, FailureRecord, JobRecord, State
 from loraplex_server.training.records import Records
 from loraplex_server.training.request import JobRequest
@@ -56,11 +59,14 @@ class JobLimits:
         waiting: number of jobs that may wait.
         kept: number of jobs that are kept after their end.
         data_bytes: size of a file of examples.
+        files, files_bytes: number of uploaded files, and their bytes together.
     """
 
     waiting: int
     kept: int
     data_bytes: int
+    files: int = 1000
+    files_bytes: int = 8 << 30
 
 
 class JobQueue:
@@ -80,7 +86,9 @@ class JobQueue:
         self._destination = destination
         self._metrics = metrics
         self._limits = limits
-        self._factory = JobFactory(records, trainer, import_root, limits.data_bytes)
+        bounds = ShelfLimits(limits.data_bytes, limits.files, limits.files_bytes)
+        self._shelf = DataShelf(DataFolder(records.data), bounds, trainer.lane)
+        self._factory = JobFactory(records, trainer, self._shelf, import_root, limits.data_bytes)
         self._table = JobTable(records, limits.kept, trainer.lane)
         self._waiting: deque[str] = deque()
         self._runner: Runner | None = None
@@ -143,6 +151,23 @@ class JobQueue:
         """Yields a job's states; see `JobTable.watch`. Raises Refusal as `get`."""
         self._require_owned()
         return self._table.watch(job_id, self.position, owner)
+
+    @property
+    def data(self) -> DataShelf:
+        """The uploaded files of examples. Raises Refusal: DRAINING, TRAINING_ELSEWHERE."""
+        self._require_owned()
+        return self._shelf
+
+    def data_bytes(self, principal: str) -> int:
+        """Returns the bytes of a principal's uploaded files."""
+        return self._shelf.held_bytes(principal)
+
+    async def events(
+        self, job_id: str, owner: str | None, size: int, after: int, newest_first: bool
+    ) -> tuple[Sequence[JobEventRecord], int]:
+        """Returns a page of a job's events; see `JobHistories.page`. Raises Refusal as `get`."""
+        job = self.get(job_id, owner)
+        return await self._table.histories.page(job.id, size, after, newest_first)
 
     def position(self, job: JobRecord) -> int:
         """Returns the number of jobs before one that waits; 0 for a job that does not wait."""
@@ -218,7 +243,7 @@ class JobQueue:
         job = await self._factory.create(
             request, self._table.newest_id(), held_bytes, self._require_owned
         )
-        self._table.add(job)
+        await self._table.add(job)
         self._waiting.append(job.id)
         self._wake.set()
         self._count()
@@ -255,6 +280,7 @@ class JobQueue:
 
     async def _load(self) -> None:
         """Loads the jobs and queues them: first those that ran before, then those that waited."""
+        await self._shelf.load()
         jobs = await self._table.load()
         for job in jobs:
             if job.state not in {State.RUNNING, State.INTERRUPTED}:
@@ -278,8 +304,8 @@ class JobQueue:
 
     async def _run(self, job: JobRecord) -> None:
         folder = self._records.folder(job.id)
-        publish = self._table.publish
-        runner = Runner(job, folder, self._trainer, self._destination, publish)
+        publish, history = self._table.publish, self._table.histories.of(job.id)
+        runner = Runner(job, folder, self._trainer, self._destination, publish, history)
         self._runner = runner
         self._count()
         self._table.wake()

@@ -6,7 +6,9 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import shutil
+import time
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +24,7 @@ from loraplex_model.base.durable import (
 from loraplex_server.training.jobs import JobRecord
 
 RECORD: Final = "job.json"
+DATA: Final = "files"
 _LOCK: Final = "lock"
 _ID: Final = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}")
 
@@ -55,6 +58,11 @@ class Records:
         held, self._lock = self._lock, None
         if held is not None:
             os.close(held)
+
+    @property
+    def data(self) -> Path:
+        """The directory of the uploaded files of examples."""
+        return self._root / DATA
 
     def folder(self, job_id: str) -> Path:
         """Returns the path of a job's directory."""
@@ -98,3 +106,10 @@ class Records:
             (folder / RECORD).unlink()  # first: without a record it is no job
             flush(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def next_id(newest: str) -> str:
+    """Returns an id above `newest`: the time in milliseconds and a random number."""
+    last = int(newest[:12] or "0", 16)
+    number = max(time.time_ns() // 1_000_000, last + 1)
+    return f"{number:012x}-{secrets.token_hex(4)}"

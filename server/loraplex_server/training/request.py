@@ -13,14 +13,17 @@ from loraplex_server.training.jobs import JobOrder, JobOwner
 
 @dataclass(frozen=True, slots=True)
 class DataSource:
-    """Examples of a request: their bytes, or the path of a file below the import root."""
+    """Examples of a request: their bytes, the path of a file below the import root, or the id of
+    an uploaded file."""
 
     jsonl: bytes = b""
     path: str = ""
+    data_id: str = ""
 
     def identity(self) -> list[str]:
         """Returns values that are equal for equal examples only."""
-        return [self.path, hashlib.sha256(self.jsonl).hexdigest()]
+        uploaded = [self.data_id] if self.data_id else []
+        return [self.path, hashlib.sha256(self.jsonl).hexdigest(), *uploaded]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,13 @@ class JobRequest:
         return JobOwner(self.principal.name, str(self.principal.seen), self.principal.copies)
 
     def content(self) -> str:
-        """Returns the digest of order and examples."""
+        """Returns the digest of order and examples.
+
+        It is that of earlier versions for a request that an earlier version could have taken.
+        """
         parts = [self.data.identity(), self.eval_data.identity() if self.eval_data else None]
-        text = msgspec.json.encode([self.order, parts], order="deterministic")
+        order = msgspec.to_builtins(self.order)
+        if not self.order.checkpoints:
+            del order["checkpoints"]
+        text = msgspec.json.encode([order, parts], order="deterministic")
         return hashlib.sha256(text).hexdigest()

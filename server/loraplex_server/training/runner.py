@@ -11,14 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
+from loraplex_adapters.store import Record
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_training.report.events import JobStatus, Saved
+from loraplex_training.report.events import Exported, JobStatus, RunStarted, Saved
 from loraplex_training.report.lines import decode
 
 from loraplex_server.access.principals import Principal
 from loraplex_server.training import failure
 from loraplex_server.training.child import Child
+from loraplex_server.training.history.events import JobEventRecord
+from loraplex_server.training.history.history import JobHistory
+from loraplex_server.training.history.recording import TrainerNotes
 from loraplex_server.training.jobs import (
+    CheckpointRecord,
     FailureRecord,
     JobOrder,
     JobOwner,
@@ -27,7 +32,7 @@ from loraplex_server.training.jobs import (
     State,
 )
 from loraplex_server.training.progress import RunProgress
-from loraplex_server.training.trainer import LOG, Trainer
+from loraplex_server.training.trainer import LOG, MAX_CHECKPOINTS, Trainer
 
 _SILENCE_SECONDS: Final = 5.0
 """Seconds without a line after which the output of a trainer that has ended is no longer read.
@@ -55,9 +60,23 @@ class Destination(Protocol):
     async def deliver(self, folder: Path, order: JobOrder, owner: JobOwner) -> ResultRecord:
         """Registers the adapter in `folder`. Raises Refusal."""
 
+    async def keep(
+        self, folder: Path, order: JobOrder, owner: JobOwner, step: int, again: bool
+    ) -> Record:
+        """Registers the adapter as it is after `step`. Raises Refusal.
+
+        `again` says that the job has registered that step before.
+        """
+
+    async def drop(self, checkpoint: CheckpointRecord, owner: JobOwner) -> None:
+        """Deletes an adapter that `keep` registered. Raises Refusal."""
+
 
 class Runner:
-    """Runs one job. `update` receives each of its states, and whether to write it to the disk."""
+    """Runs one job. `update` receives each of its states, and whether to write it to the disk.
+
+    What the trainer reports is recorded in `history`.
+    """
 
     def __init__(
         self,
@@ -66,12 +85,15 @@ class Runner:
         trainer: Trainer,
         destination: Destination,
         update: Callable[[JobRecord, bool], Awaitable[None]],
+        history: JobHistory,
     ) -> None:
         self.job = job
         self._folder = folder
         self._trainer = trainer
         self._destination = destination
         self._update = update
+        self._history = history
+        self._registering = False
         self._child: Child | None = None
         self._halt: Halt | None = None
         self._lines = 0
@@ -103,7 +125,7 @@ class Runner:
     async def _train(self) -> JobRecord | None:
         """Runs the trainer. Returns None once the adapter is made, else the job as it stopped."""
         self._trainer.require_memory(self.job)
-        progress = RunProgress(self.job.progress)
+        progress = RunProgress(self.job.progress, self.job.trained_tokens)
         status, late = await self._supervise(progress)
         self.tokens = progress.tokens
         if self._halt is Halt.CANCELLED:
@@ -146,7 +168,7 @@ class Runner:
                 late = True
                 status = await child.stop(self._trainer.patience)
             lines = -1
-            while not following.done() and lines != self._lines:
+            while not following.done() and (lines != self._lines or self._registering):
                 lines = self._lines
                 await asyncio.wait({following}, timeout=_SILENCE_SECONDS)
             if following.done():
@@ -158,7 +180,7 @@ class Runner:
             self._child = None
 
     async def _follow(self, child: Child, progress: RunProgress) -> None:
-        kept = 0.0
+        kept, notes = 0.0, TrainerNotes()
         async for line in child.lines():
             self._lines += 1
             try:
@@ -170,12 +192,57 @@ class Runner:
             job = self.job.change(
                 progress=progress.state,
                 estimated_bytes=progress.estimated_bytes or self.job.estimated_bytes,
+                trained_tokens=progress.trained_tokens,
             )
             now = time.monotonic()
             keep = isinstance(event, Saved) and now - kept >= _KEEP_SECONDS
             if keep:
                 kept = now
             await self._change(job, keep)
+            if isinstance(event, RunStarted):
+                await self._history.rewind(event.step)
+            await self._history.add(*notes.take(event, progress))
+            if isinstance(event, Exported) and self._halt is None:
+                self._registering = True
+                try:
+                    await self._keep_checkpoint(event, progress)
+                finally:
+                    self._registering = False
+        await self._history.add(*notes.end())
+
+    async def _keep_checkpoint(self, event: Exported, progress: RunProgress) -> None:
+        """Registers the adapter of an evaluation; deletes the oldest one beyond those to keep."""
+        order, owner, known = self.job.order, self.job.owner, self.job.checkpoints
+        made, now = self._below(event.path), progress.state
+        if made is None or now is None or not order.checkpoints:
+            return
+        again = any(each.step == event.step for each in known)
+        try:
+            folder = self._folder / made
+            record = await self._destination.keep(folder, order, owner, event.step, again)
+        except Refusal as refusal:
+            text = f"the adapter of step {event.step} was not registered: {refusal.message}"
+            await self._history.add(JobEventRecord(message=text))
+            return
+        checkpoint = CheckpointRecord(
+            step=event.step,
+            name=record.name,
+            version=record.version,
+            digest=record.digest,
+            time=time.time(),
+            evaluation=now.evaluation,
+            loss=now.loss,
+        )
+        found = [*(each for each in known if each.step != event.step), checkpoint]
+        found.sort(key=lambda each: each.step)
+        kept = tuple(found[-MAX_CHECKPOINTS:])
+        await self._change(self.job.change(checkpoints=kept), keep=True)
+        await self._history.add(JobEventRecord(checkpoint=checkpoint))
+        for old in found[:-MAX_CHECKPOINTS]:
+            try:
+                await self._destination.drop(old, owner)
+            except Refusal as refusal:
+                log.warning("%s is not deleted: %s", old.name, refusal.message)
 
     def _made(self, progress: RunProgress) -> Path | None:
         """Returns the adapter's directory relative to the job's; None if none was made."""
@@ -185,8 +252,12 @@ class Runner:
         }
         if progress.published is None or not good:
             return None
+        return self._below(progress.published.path)
+
+    def _below(self, path: Path) -> Path | None:
+        """Returns a path relative to the job's directory; None if it is outside."""
         try:
-            return progress.published.path.absolute().relative_to(self._folder)
+            return path.absolute().relative_to(self._folder)
         except ValueError:
             log.error("training job %s: its adapter is outside the job's directory", self.job.id)
             return None

@@ -13,6 +13,8 @@ from typing import Final
 from loraplex_model.base.refusal import Reason, Refusal, Subject
 
 from loraplex_server.runtime.lanes import Lane
+from loraplex_server.training.history.events import JobEventRecord
+from loraplex_server.training.history.history import JobHistories
 from loraplex_server.training.jobs import JOB, JobRecord, State
 from loraplex_server.training.records import Records
 
@@ -27,6 +29,9 @@ class JobTable:
     """The jobs by their ids. The last `kept` ones that ended are kept of those.
 
     The threads of `lane` read and write their files.
+
+    Attributes:
+        histories: the events of the jobs. Those of their states are recorded here.
     """
 
     def __init__(self, records: Records, kept: int, lane: Lane) -> None:
@@ -36,6 +41,7 @@ class JobTable:
         self._jobs: dict[str, JobRecord] = {}
         self._changed = asyncio.Event()
         self._watchers = 0
+        self.histories = JobHistories(records, lane)
 
     async def load(self) -> Sequence[JobRecord]:
         """Reads the jobs from the disk, oldest first. Raises OSError."""
@@ -75,9 +81,10 @@ class JobTable:
         """Returns the id of the newest job, or "" if there is none."""
         return max(self._jobs, default="")
 
-    def add(self, job: JobRecord) -> None:
+    async def add(self, job: JobRecord) -> None:
         """Adds a new job whose record is on the disk."""
         self._jobs[job.id] = job
+        await self.histories.add(job.id, _entered(job))
 
     async def publish(self, job: JobRecord, save: bool = True) -> None:
         """Replaces a job's state: first on the disk, unless `save` is false, then for everybody."""
@@ -86,8 +93,11 @@ class JobTable:
                 await self._lane.run(self._records.save, job)
             except OSError as error:
                 log.error("the record of training job %s cannot be written: %s", job.id, error)
+        before = self._jobs.get(job.id)
         self._jobs[job.id] = job
         self.wake()
+        if before is None or before.state is not job.state:
+            await self.histories.add(job.id, _entered(job), last=job.final)
 
     def wake(self) -> None:
         """Wakes all that wait for a change: of a job, or of the positions in the queue."""
@@ -133,3 +143,13 @@ class JobTable:
                 await self._lane.run(self._records.remove, job.id)
             except OSError as error:
                 log.error("training job %s cannot be removed from the disk: %s", job.id, error)
+
+
+def _entered(job: JobRecord) -> list[JobEventRecord]:
+    """The events of a job that has entered its state."""
+    texts = []
+    if job.error is not None:
+        texts.append(f"{job.error.reason}: {job.error.message}")
+    if job.result is not None and job.result.warning:
+        texts.append(job.result.warning)
+    return [*(JobEventRecord(message=text) for text in texts), JobEventRecord(state=job.state)]

@@ -36,6 +36,9 @@ INPUT_REASONS: Final = frozenset(
 )
 """The trainer's reasons for which a job's request is at fault."""
 
+MAX_CHECKPOINTS: Final = 8
+"""Most adapters of a job that are registered while it runs and kept."""
+
 PLAN_SECONDS: Final = 300.0
 STOP_SECONDS: Final = 20.0
 """Seconds that a trainer may take to save when it is stopped, before it is killed."""
@@ -96,6 +99,8 @@ class Trainer:
             "name": order.name,
             "method": order.method,
         }
+        if order.checkpoints:
+            flags["keep_evaluated"] = str(MAX_CHECKPOINTS)
         if with_eval_data:
             flags["eval_data"] = str(folder / EVAL_DATA)
         try:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from loraplex_training.publish.target import Target
 from loraplex_training.publish.verify import verify
 from loraplex_training.report.card import Facts, card
 from loraplex_training.report.curves import PICTURE
-from loraplex_training.report.events import Published
+from loraplex_training.report.events import Event, Published
 from loraplex_training.report.record import read
 from loraplex_training.run.preflight import LIMITS
 from loraplex_training.run.run import Run
@@ -67,16 +67,12 @@ def publish(job: Job, run: Run, target: Target, alias: str = "") -> Published:
         )
     data = run.datasets[name]
     folder = run.spec.out / name / FOLDER
-    files = job.adapter.files()
-    called = {"base_model_name_or_path": known_as(run.base.name)}
-    files = replace(files, config={**files.config, **called})
-    stamped = stamps(base, run.text.template_digest, data.digest)
-    text = card(job.spec, _facts(job, run), list(read(run.spec.out)))
+    about = described(job, run)
     examples = [sample.tokens for sample in (*data.evaluation, *data.train)[:CHECKED]]
     with torch.no_grad():
         trained = job.adapter.delta()
-    with _failing("nothing was registered"), staged(folder, force=True) as fresh:
-        write(fresh, files, stamped, text, BY_NAME[target.dtype])
+    with failing("nothing was registered"), staged(folder, force=True) as fresh:
+        write(fresh, about.files, about.stamps, about.card(about.facts), BY_NAME[target.dtype])
         if (picture := run.spec.out / PICTURE).is_file():
             shutil.copyfile(picture, fresh / PICTURE)
         digest, _ = verify(
@@ -84,13 +80,47 @@ def publish(job: Job, run: Run, target: Target, alias: str = "") -> Published:
         )
     version = sample = ""
     if target.store is not None:
-        described = base.info.named(known_as(run.base.name))
-        version = register(folder, name, described, target, alias)
+        public = base.info.named(known_as(run.base.name))
+        version = register(folder, name, public, target, alias)
     if target.server:
         asked = (*data.evaluation, *data.train)[0]
         prompt = asked.tokens[: asked.prompt]
         version, sample = send(folder, name, digest, target, alias, prompt)
     return Published(name, folder, digest, version, target.server, sample)
+
+
+@dataclass(frozen=True, slots=True)
+class DescribedAdapter:
+    """An adapter as it is now, and what its files say about it.
+
+    Attributes:
+        stamps: metadata of the weights file.
+        facts: facts for the model card.
+        events: the run's events until now.
+    """
+
+    job: Job
+    files: AdapterFiles
+    stamps: Mapping[str, str]
+    facts: Facts
+    events: Sequence[Event]
+
+    def card(self, facts: Facts) -> str:
+        """Returns the model card with these facts."""
+        return card(self.job.spec, facts, self.events)
+
+
+def described(job: Job, run: Run) -> DescribedAdapter:
+    """Returns the job's adapter as it is now, under the public name of its base model."""
+    files = job.adapter.files()
+    called = {"base_model_name_or_path": known_as(run.base.name)}
+    return DescribedAdapter(
+        job,
+        replace(files, config={**files.config, **called}),
+        stamps(run.base.weights, run.text.template_digest, run.datasets[job.name].digest),
+        _facts(job, run),
+        list(read(run.spec.out)),
+    )
 
 
 def stamps(base: BaseWeights, template: str, data: str) -> dict[str, str]:
@@ -145,7 +175,7 @@ def register(folder: Path, name: str, base: BaseInfo, target: Target, alias: str
     """
     assert target.store is not None
     with (
-        _failing(f"{folder} is complete, but not in the store {target.store}"),
+        failing(f"{folder} is complete, but not in the store {target.store}"),
         Store(target.store, target.store_url) as store,
     ):
         record, _ = store.register(name, folder, base, LIMITS, True, target.labels)
@@ -215,7 +245,7 @@ def _facts(job: Job, run: Run) -> Facts:
 
 
 @contextmanager
-def _failing(what: str) -> Iterator[None]:
+def failing(what: str) -> Iterator[None]:
     """Turns refusals of disks and stores into the trainer's; `what` says what has been done."""
     try:
         yield

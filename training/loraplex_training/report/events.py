@@ -42,6 +42,7 @@ class RunStarted(_Event, frozen=True):
         optimisers: for each job, the state that its optimiser keeps ("AdamW, float32, 1.2 MB").
         precision: the types of the pass ("products in bfloat16, dense tensors in bfloat16"); empty
             in records of earlier versions.
+        tokens: for each job, the tokens trained on before; empty in records of earlier versions.
     """
 
     jobs: tuple[str, ...]
@@ -51,6 +52,7 @@ class RunStarted(_Event, frozen=True):
     estimated_bytes: int
     optimisers: tuple[str, ...]
     precision: str = ""
+    tokens: tuple[int, ...] = ()
 
 
 class StepDone(_Event, frozen=True):
@@ -104,6 +106,17 @@ class Sampled(_Event, frozen=True):
     def when(self) -> str:
         """The step in words."""
         return f"after {self.step} steps" if self.step else "before training"
+
+
+class Exported(_Event, frozen=True):
+    """A job's adapter as it was evaluated after `step` is in a directory of its own.
+
+    The directory is removed once enough newer ones are there.
+    """
+
+    job: str
+    step: int
+    path: Path
 
 
 class JobEnded(_Event, frozen=True):
@@ -160,7 +173,16 @@ class Failed(_Event, frozen=True):
 
 
 Event = (
-    RunStarted | StepDone | Evaluated | Sampled | JobEnded | Saved | Published | RunEnded | Failed
+    RunStarted
+    | StepDone
+    | Evaluated
+    | Sampled
+    | Exported
+    | JobEnded
+    | Saved
+    | Published
+    | RunEnded
+    | Failed
 )
 
 

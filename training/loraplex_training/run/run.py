@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from math import isfinite
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from loraplex_model.adapters.delta import AdapterDelta
@@ -22,7 +24,15 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.ops.linear import BaseLinear
 
 from loraplex_training.methods.base import Observe
-from loraplex_training.report.events import Event, JobStatus, Observer, RunEnded, RunStarted, Saved
+from loraplex_training.report.events import (
+    Event,
+    Exported,
+    JobStatus,
+    Observer,
+    RunEnded,
+    RunStarted,
+    Saved,
+)
 from loraplex_training.run import costs, evaluate, precision, preflight
 from loraplex_training.run.checkpoint import CONFIG, RunFolder, RunSnapshot, is_run
 from loraplex_training.run.evaluate import Answer
@@ -42,6 +52,9 @@ from loraplex_training.step.joint import JointPass, Part
 from loraplex_training.step.memory import peak_bytes
 
 _FORMAT = 1
+
+Export: TypeAlias = Callable[[Job], Path]
+"""Writes a job's adapter as it is now; returns its directory. May raise Refusal."""
 
 
 class Run:
@@ -71,6 +84,7 @@ class Run:
         self.round = 0
         self.seconds = 0.0
         self._answer: Answer | None = None
+        self._export: Export | None = None
         self._jobs = jobs
         self._folder = folder
         self._observers = observers
@@ -164,17 +178,19 @@ class Run:
             raise Refusal(Reason.CONFIG_INVALID, f"there is no job {job!r} in this run")
         self._cancelled.add(job)
 
-    def train(self, answer: Answer | None = None) -> Mapping[str, Job]:
+    def train(
+        self, answer: Answer | None = None, export: Export | None = None
+    ) -> Mapping[str, Job]:
         """Trains until every job has ended or `stop` was called, and saves the run either way.
 
         Returns the jobs by name: their adapters have the best parameters, or the current ones if
         the run was stopped. `answer` generates the answers for metrics and samples; without it
-        there are none.
+        there are none. `export` is called at every evaluation after a step whose loss is finite.
 
         Raises Refusal: OUT_OF_MEMORY, DISK_FULL. The last checkpoint is then undamaged, and the
         run can be resumed.
         """
-        self._answer = answer
+        self._answer, self._export = answer, export
         began, before = time.monotonic(), self.seconds
         tokens = sum(job.progress.tokens for job in self._jobs)
         try:
@@ -254,12 +270,21 @@ class Run:
         for job, total in zip(jobs, sums, strict=True):
             examples = self.datasets[job.name].evaluation
             share = evaluate.metric(job, self._delta(job), examples, answer)
+            exported = self._exported(job, total)  # before the job can end with other parameters
             self._emit(job.evaluate(total, share))
+            self._emit(exported)
             if answer is not None and (job.progress.step == 0 or not job.active):
                 delta = self._delta(job)  # has the best parameters if the job has just ended
                 self._emit(evaluate.answers(job, delta, examples, answer, self.text.decode))
         self._saved = False
         return True
+
+    def _exported(self, job: Job, loss: float) -> list[Event]:
+        """Exports a job's adapter if that is wanted and it has its final form."""
+        step = job.progress.step
+        if self._export is None or not isfinite(loss) or step == 0 or step < job.adapter.settled:
+            return []
+        return [Exported(job.name, step, self._export(job))]
 
     def _delta(self, job: Job) -> AdapterDelta | None:
         """The job's current adapter; None, the plain base model, before the first step."""
@@ -304,6 +329,7 @@ class Run:
             costs.of(self.base.weights, self._jobs, self.spec).total,
             tuple(job.optimiser for job in self._jobs),
             f"products in {self.spec.products}, dense tensors in {self.spec.dtype}",
+            tuple(job.progress.tokens for job in self._jobs),
         )
 
     def _emit(self, events: Iterable[Event]) -> None:

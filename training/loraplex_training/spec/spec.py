@@ -270,3 +270,5 @@ class RunSpec:
     """Optimiser steps between checkpoints of the run."""
     keep: Positive = 2
     """Number of checkpoints to keep."""
+    keep_evaluated: Count = 0
+    """Number of evaluated adapters to keep, the latest, in <out>/<name>/step-<N>. 0 keeps none."""

@@ -24,6 +24,7 @@ class Allotment:
         adapters: number of adapters; None sets no limit.
         store_bytes: bytes of them; content that two adapters have counts twice. None: no limit.
         arriving_bytes: bytes of unfinished uploads, which count as well.
+        data_bytes: bytes of files of examples for training, which count as well.
     """
 
     holder: str
@@ -31,6 +32,7 @@ class Allotment:
     adapters: int | None = None
     store_bytes: int | None = None
     arriving_bytes: int = 0
+    data_bytes: int = 0
 
     def require(self, before: Holding, after: Holding) -> None:
         """Raises Refusal(QUOTA_EXCEEDED) for a change to more than there may be.
@@ -44,11 +46,14 @@ class Allotment:
         most = self.store_bytes
         if most is None or after.nbytes <= before.nbytes:
             return
-        if after.nbytes + self.arriving_bytes > most:
+        beside = self.arriving_bytes + self.data_bytes
+        if after.nbytes + beside > most:
             text = f"may have {most} bytes of adapters and has {before.nbytes}"
             if self.arriving_bytes:
                 text += f", and {self.arriving_bytes} of unfinished uploads"
-            text += f"; with this one it would have {after.nbytes}; delete some"
+            if self.data_bytes:
+                text += f", and {self.data_bytes} of data files"
+            text += f"; with this one it would have {after.nbytes + self.data_bytes}; delete some"
             raise quota_exceeded(self.holder, "store_bytes", text)
 
 

@@ -7,12 +7,16 @@ from loraplex_adapters.store import Allotment
 from loraplex_server.access.principals import Principal
 
 
-def allotment_of(principal: Principal, arriving_bytes: int = 0) -> Allotment | None:
+def allotment_of(
+    principal: Principal, arriving_bytes: int = 0, data_bytes: int = 0
+) -> Allotment | None:
     """What a principal may have in the store; None if it has no limit there.
 
-    `arriving_bytes` are those of its unfinished uploads.
+    `arriving_bytes` are those of its unfinished uploads, `data_bytes` those of its files of
+    examples for training.
     """
     limits, selector = principal.limits, principal.adapters
     if selector is None or (limits.adapters is None and limits.store_bytes is None):
         return None
-    return Allotment(principal.name, selector, limits.adapters, limits.store_bytes, arriving_bytes)
+    most = (limits.adapters, limits.store_bytes)
+    return Allotment(principal.name, selector, *most, arriving_bytes, data_bytes)

@@ -17,10 +17,11 @@ _NAMES: Final = {
     "alias": "alias",
     "upload_id": "upload_id",
     "job_id": "job_id",
+    "data_id": "data_id",
 }
 """Fields of requests, and of their parts, that are recorded, and under which names."""
 
-_PARTS: Final = ("header", "spec", "delivery")
+_PARTS: Final = ("header", "spec", "delivery", "start")
 """Fields of requests that are messages with names of their own."""
 
 _LABELS: Final = {"labels": "labels", "set": "labels", "remove": "removed_labels"}
@@ -42,7 +43,7 @@ def about_request(request: Message) -> dict[str, Any]:
 
 
 def about_reply(reply: Message) -> dict[str, Any]:
-    """The adapter, job or upload that a reply describes."""
+    """The adapter, job, upload or file of examples that a reply describes."""
     found: dict[str, Any] = {}
     given: Any = reply
     fields = reply.DESCRIPTOR.fields_by_name
@@ -53,6 +54,8 @@ def about_reply(reply: Message) -> dict[str, Any]:
         found["job_id"] = given.job.job_id
         if given.job.HasField("result"):
             found |= {"version": given.job.result.version, "digest": given.job.result.digest}
+    if "file" in fields and reply.HasField("file"):
+        found |= {"data_id": given.file.data_id, "digest": given.file.digest}
     if "upload_id" in fields:
         found["upload_id"] = given.upload_id
     return found

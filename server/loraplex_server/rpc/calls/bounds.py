@@ -84,6 +84,7 @@ ENTRIES: Final[Mapping[str, int]] = MappingProxyType(
             "TrainingDelivery.labels": MAX_LABELS,
             "ListJobsRequest.states": MAX_STATES,
             "DetokenizeRequest.token_ids": MAX_TOKEN_IDS,
+            "UploadDataStart.labels": MAX_LABELS,
         }.items()
     }
 )
@@ -175,6 +176,18 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
             "CancelJobRequest.job_id": MAX_NAME,
             "WatchJobRequest.job_id": MAX_NAME,
             "ListJobsRequest.page_token": MAX_PAGE_TOKEN,
+            "ListJobEventsRequest.job_id": MAX_NAME,
+            "ListJobEventsRequest.page_token": MAX_PAGE_TOKEN,
+            "TrainingData.data_id": MAX_NAME,
+            "UploadDataRequest.chunk": MAX_MESSAGE_BYTES,
+            "UploadDataStart.filename": MAX_FILE_NAME,
+            "UploadDataStart.request_id": MAX_REQUEST_ID,
+            "UploadDataStart.LabelsEntry.key": MAX_NAME,
+            "UploadDataStart.LabelsEntry.value": MAX_LABEL_VALUE,
+            "GetDataRequest.data_id": MAX_NAME,
+            "ListDataRequest.page_token": MAX_PAGE_TOKEN,
+            "ReadDataRequest.data_id": MAX_NAME,
+            "DeleteDataRequest.data_id": MAX_NAME,
             "RenderChatRequest.adapter_id": MAX_NAME,
             "TokenizeRequest.text": MAX_MESSAGE_BYTES,
         }.items()

@@ -14,7 +14,10 @@ from loraplex_model.base.refusal import Problem, Reason
 
 from loraplex_server.access.principals import Principal
 from loraplex_server.access.rules import labels_of_new, require_name
+from loraplex_server.training.files.record import DataFileRecord
+from loraplex_server.training.history.events import JobEventRecord
 from loraplex_server.training.jobs import (
+    CheckpointRecord,
     EvaluationRecord,
     JobOrder,
     JobRecord,
@@ -53,6 +56,8 @@ _FALLBACKS: Final[Mapping[Reason | None, str]] = {
 }
 """Paths in CreateJobRequest for problems that name no key of a job, by the trainer's reason."""
 
+_STATE: Final = "TRAINING_JOB_STATE_"
+
 
 def path(problem: Problem) -> str:
     """Returns the path in CreateJobRequest for a problem with the trainer's or the API's field.
@@ -86,11 +91,13 @@ def request(message: training_pb2.CreateJobRequest, principal: Principal) -> Job
         load=delivery.load,
         alias=delivery.alias,
         labels=labels_of_new(principal, delivery.labels),
+        checkpoints=delivery.checkpoints,
     )
     for name in filter(None, (order.name, order.alias)):
         require_name(principal, name)
     data, evaluation = (
-        DataSource(given.jsonl, given.path) for given in (message.data, message.eval_data)
+        DataSource(given.jsonl, given.path, given.data_id)
+        for given in (message.data, message.eval_data)
     )
     has_evaluation = message.HasField("eval_data")
     evaluation_given = evaluation if has_evaluation else None
@@ -102,10 +109,14 @@ def job(found: JobRecord, position: int) -> training_pb2.TrainingJob:
     order = found.order
     return training_pb2.TrainingJob(
         job_id=found.id,
-        state=f"TRAINING_JOB_STATE_{found.state.name}",
+        state=f"{_STATE}{found.state.name}",
         spec=_spec(order),
         delivery=training_pb2.TrainingDelivery(
-            replace=order.replace, load=order.load, alias=order.alias, labels=order.labels
+            replace=order.replace,
+            load=order.load,
+            alias=order.alias,
+            labels=order.labels,
+            checkpoints=order.checkpoints,
         ),
         queue_position=position,
         resumptions=found.resumptions,
@@ -118,6 +129,55 @@ def job(found: JobRecord, position: int) -> training_pb2.TrainingJob:
         error=None
         if found.error is None
         else training_pb2.TrainingError(**msgspec.structs.asdict(found.error)),
+        checkpoints=map(_checkpoint, found.checkpoints),
+        trained_tokens=found.trained_tokens,
+    )
+
+
+def event(found: JobEventRecord) -> training_pb2.JobEvent:
+    """Returns the message for an event of a job."""
+    message = training_pb2.JobEvent(
+        number=found.number,
+        time=_time(found.time),
+        state=None if found.state is None else f"{_STATE}{found.state.name}",
+    )
+    if found.state is not None:
+        return message
+    if found.progress is not None:
+        message.progress.CopyFrom(_progress(found.progress))
+    elif found.evaluation is not None:
+        message.evaluation.CopyFrom(_evaluation(found.evaluation))
+    elif found.checkpoint is not None:
+        message.checkpoint.CopyFrom(_checkpoint(found.checkpoint))
+    elif found.samples is not None:
+        message.samples.step = found.samples.step
+        for sample in found.samples.samples:
+            message.samples.samples.add(**msgspec.structs.asdict(sample))
+    else:
+        message.message = found.message
+    return message
+
+
+def file(found: DataFileRecord) -> training_pb2.DataFile:
+    """Returns the message for an uploaded file."""
+    return training_pb2.DataFile(
+        data_id=found.id,
+        filename=found.filename,
+        size_bytes=found.size,
+        digest=found.digest,
+        create_time=_time(found.created),
+        labels=found.labels,
+    )
+
+
+def _checkpoint(found: CheckpointRecord) -> training_pb2.TrainingCheckpoint:
+    return training_pb2.TrainingCheckpoint(
+        step=found.step,
+        adapter_id=f"{found.name}@{found.version}",
+        digest=found.digest,
+        time=_time(found.time),
+        evaluation=None if found.evaluation is None else _evaluation(found.evaluation),
+        loss=found.loss,
     )
 
 
@@ -131,8 +191,7 @@ def _result(found: JobRecord) -> training_pb2.TrainingResult | None:
 def states(message: training_pb2.ListJobsRequest) -> frozenset[State]:
     """Returns the states that a valid request selects; none selects all."""
     name = training_pb2.TrainingJobState.Name
-    prefix = "TRAINING_JOB_STATE_"
-    return frozenset(State[name(state).removeprefix(prefix)] for state in message.states)
+    return frozenset(State[name(state).removeprefix(_STATE)] for state in message.states)
 
 
 def _given(message: Any, names: Mapping[str, str]) -> Iterator[tuple[str, Scalar]]:

@@ -10,6 +10,7 @@ from loraplex.v1 import training_pb2
 from loraplex_model.base.refusal import Problem
 
 from loraplex_server.rpc.calls.bounds import (
+    MAX_FILE_NAME,
     MAX_OPTION_BYTES,
     MAX_OPTIONS,
     MAX_PATH_BYTES,
@@ -20,9 +21,17 @@ from loraplex_server.rpc.calls.bounds import (
 )
 from loraplex_server.rpc.calls.ids import is_request_id
 from loraplex_server.rpc.messages.validate import RequestChecks
-from loraplex_server.rpc.messages.validate_adapters import MAX_PAGE, labels
+from loraplex_server.rpc.messages.validate_adapters import MAX_CHUNK_BYTES, MAX_PAGE, labels
 
 MAX_INLINE: Final = 3 << 20
+
+MAX_CHECKPOINTED: Final = 50
+"""Most characters of a name to which "-step-1000000" can be added."""
+
+MAX_EVENTS_PAGE: Final = 10_000
+
+MAX_DIGITS: Final = 12
+"""Most digits of an event's number."""
 
 _OPTION: Final = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 _JOB: Final = re.compile(r"[0-9a-f-]{1,64}", re.ASCII)
@@ -66,7 +75,59 @@ def create(request: training_pb2.CreateJobRequest) -> list[Problem]:
             delivery.alias != spec.name, "delivery.alias", "must not be the adapter's name"
         )
     labels("delivery.labels", delivery.labels, checks)
+    checks.require(
+        not delivery.checkpoints or len(spec.name) <= MAX_CHECKPOINTED,
+        "spec.name",
+        f"must have at most {MAX_CHECKPOINTED} characters with `delivery.checkpoints`",
+    )
     return checks.problems
+
+
+def events(request: training_pb2.ListJobEventsRequest) -> list[Problem]:
+    """Returns the problems of a request for a page of events."""
+    checks = RequestChecks("")
+    checks.between("page_size", request.page_size, 0, MAX_EVENTS_PAGE)
+    token = request.page_token
+    good = not token or (token.isascii() and token.isdigit() and len(token) <= MAX_DIGITS)
+    checks.require(good, "page_token", "is not a token of this server")
+    return [*job_id(request.job_id), *checks.problems]
+
+
+def start(request: training_pb2.UploadDataRequest) -> list[Problem]:
+    """Returns the problems of the first message of an upload."""
+    if request.WhichOneof("part") != "start":
+        return [Problem("start", "must be the first message")]
+    checks, given = RequestChecks(""), request.start
+    if given.request_id:
+        text = f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters"
+        checks.require(is_request_id(given.request_id), "start.request_id", text)
+    good = len(given.filename) <= MAX_FILE_NAME and given.filename.isprintable()
+    text = f"must have at most {MAX_FILE_NAME} characters, all of them printable"
+    checks.require(good, "start.filename", text)
+    labels("start.labels", given.labels, checks)
+    return checks.problems
+
+
+def chunk(request: training_pb2.UploadDataRequest) -> list[Problem]:
+    """Returns the problems of a message after the first one of an upload."""
+    good = request.WhichOneof("part") == "chunk" and 0 < len(request.chunk) <= MAX_CHUNK_BYTES
+    text = f"every message after the first must hold 1 to {MAX_CHUNK_BYTES} bytes"
+    return [] if good else [Problem("chunk", text)]
+
+
+def data_page(request: training_pb2.ListDataRequest) -> list[Problem]:
+    """Returns the problems of a request for a page of files."""
+    checks = RequestChecks("")
+    checks.between("page_size", request.page_size, 0, MAX_PAGE)
+    good = not request.page_token or _JOB.fullmatch(request.page_token) is not None
+    checks.require(good, "page_token", "is not a token of this server")
+    return checks.problems
+
+
+def data_id(text: str) -> list[Problem]:
+    """Returns the problems of a file's id."""
+    good = _JOB.fullmatch(text) is not None
+    return [] if good else [Problem("data_id", "is not the id of a file of examples")]
 
 
 def page(request: training_pb2.ListJobsRequest) -> list[Problem]:
@@ -108,11 +169,14 @@ def _data(request: training_pb2.CreateJobRequest, checks: RequestChecks) -> None
         match data.WhichOneof("source"):
             case "path":
                 checks.size(f"{field}.path", data.path, MAX_PATH_BYTES)
+            case "data_id":
+                good = _JOB.fullmatch(data.data_id) is not None
+                checks.require(good, f"{field}.data_id", "is not the id of a file of examples")
             case "jsonl":
                 checks.require(bool(data.jsonl), f"{field}.jsonl", "must not be empty")
             case _ if field == "data" or request.HasField(field):
-                checks.add(f"{field}.source", "`jsonl` or `path` must be set")
-    text = f"must be at most {MAX_INLINE} bytes in all; put a larger file below the import root"
+                checks.add(f"{field}.source", "`jsonl`, `path` or `data_id` must be set")
+    text = f"must be at most {MAX_INLINE} bytes in all; upload a larger file with UploadData"
     checks.require(inline <= MAX_INLINE, "data.jsonl", text)
 
 

@@ -16,7 +16,7 @@ class UploadRoom:
     """Early refusals of uploads that could not be registered, before their bytes are sent.
 
     An upload counts with the bytes of weights that have arrived or, while it is sent, that were
-    announced.
+    announced. Files of examples for training count as well.
     The methods raise Refusal(QUOTA_EXCEEDED). Principals without limits in the store cost nothing.
     """
 
@@ -24,8 +24,13 @@ class UploadRoom:
         self._registry = registry
         self._sending: dict[object, tuple[str, int]] = {}
 
-    async def allotment(self, principal: Principal, without: str = "") -> Allotment | None:
-        """What a principal may have, beside its unfinished uploads other than `without`."""
+    async def allotment(
+        self, principal: Principal, without: str = "", data_bytes: int | None = None
+    ) -> Allotment | None:
+        """What a principal may have, beside its unfinished uploads other than `without`.
+
+        `data_bytes` are those of its files of examples; None asks for them.
+        """
         if allotment_of(principal) is None:
             return None
         lane, uploads = self._registry.lanes.uploads, self._registry.store.uploads
@@ -35,11 +40,19 @@ class UploadRoom:
             for upload in found
             if upload.id != without
         )
-        return allotment_of(principal, arriving)
+        if data_bytes is None:
+            data_bytes = self._registry.data_bytes(principal.name)
+        return allotment_of(principal, arriving, data_bytes)
 
-    async def require_any(self, principal: Principal, size: int = 1, without: str = "") -> None:
+    async def require_any(
+        self,
+        principal: Principal,
+        size: int = 1,
+        without: str = "",
+        data_bytes: int | None = None,
+    ) -> None:
         """Refuses an upload of `size` bytes or more whose name is not known yet."""
-        allotment = await self.allotment(principal, without)
+        allotment = await self.allotment(principal, without, data_bytes)
         if allotment is not None:
             there = await self._registry.read(self._registry.store.allotments.held, allotment)
             allotment.require(there, Holding(there.adapters, there.nbytes + size))

@@ -1,0 +1,1 @@
+"""Training jobs: their calls, what happened to them, and files of examples."""

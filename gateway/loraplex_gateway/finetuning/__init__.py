@@ -1,0 +1,1 @@
+"""`/v1/fine_tuning/jobs`: OpenAI's fine-tuning over the server's training jobs."""

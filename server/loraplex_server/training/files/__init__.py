@@ -1,0 +1,1 @@
+"""Files of examples that clients upload, for training jobs to name."""

@@ -1,0 +1,1 @@
+"""What happened to training jobs: events, kept with each job."""
