@@ -32,8 +32,8 @@ SOAK_DURATION = $(if $(filter command line,$(origin DURATION)),$(DURATION),300)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prometheus demo serve train-adapter test check-observability test-seams test-security test-field test-families check-deploy deploy-rules try-ray test-real test-skew test-sanitized test-triton test-gpu fuzz lint house proto \
-        bench simulate-scale soak bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-auth bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
+.PHONY: help setup model prometheus demo serve train-adapter test check-observability test-seams test-security test-field test-families test-clients check-deploy deploy-rules try-ray test-real test-skew test-sanitized test-triton test-gpu fuzz lint house proto \
+        bench simulate-scale soak bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-auth bench-gateway bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
         lock audit sbom clean distclean
 
 help: ## Show this list of targets
@@ -101,6 +101,10 @@ test-field: setup model ## Try templates, adapters and data of other programs on
 
 test-families: setup ## Compare every family of base models, from each form of checkpoint, with transformers (about 2 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/family_tests.py $(ARGS)
+
+# Each client has an environment of its own below var/clients, made at its first run (several minutes).
+test-clients: setup model ## Run programs that others wrote, and the examples of docs/clients.md, against the gateway (ARGS='--flagged', or names)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py $(ARGS)
 
 check-deploy: setup ## Check the overlays, compose files and units, and restart two servers on one store under load (under 3 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_deploy.py $(ARGS)
@@ -196,6 +200,9 @@ bench-neighbour: setup model ## Measure this server beside busy processes; BEFOR
 
 bench-auth: setup model ## Compare a server that identifies its callers, with an audit log, with one that does not
 	$(BIN)/python bench/bench_auth.py $(ARGS)
+
+bench-gateway: setup model ## Compare streams over HTTP, through the gateway, with streams over gRPC
+	$(BIN)/python bench/bench_gateway.py $(ARGS)
 
 bench-conversion: setup ## Measure memory and time of converting base models of several sizes to NF4
 	$(BIN)/python bench/bench_conversion.py $(ARGS)

@@ -16,7 +16,7 @@ from typing import Self
 
 from loraplex import Client, HealthStatus, LoraplexError
 
-READY = re.compile(r"ready: grpc (\S+) admin (\S+) ")
+READY = re.compile(r"ready: grpc (\S+) admin (\S+) (?:manage \S+ )?(?:http (\S+) )?")
 
 Progress = Callable[[float, str], None]
 """Called as `progress(seconds since the start, last line of the server's log)` every second."""
@@ -37,6 +37,7 @@ class Server:
     Attributes:
         address: host:port of the gRPC services.
         admin: host:port of /metrics.
+        http: host:port of the gateway; "" without the setting `gateway`.
         ready_s: seconds from the start of the process until its health was SERVING.
         exit_code: exit code of the process, after it has been stopped.
     """
@@ -61,6 +62,7 @@ class Server:
         self._process: subprocess.Popen[str] | None = None
         self.address = ""
         self.admin = ""
+        self.http = ""
         self.ready_s = 0.0
         self.exit_code: int | None = None
 
@@ -151,7 +153,8 @@ class Server:
                 raise ServerError(f"the server ended with exit code {code}: {why} ({self._log})")
             match = READY.match(line)
             if match:
-                self.address, self.admin = match.groups()
+                self.address, self.admin, http = match.groups()
+                self.http = http or ""
                 return
 
     def _check_time(self, began: float) -> None:

@@ -42,6 +42,14 @@ from loraplex.errors import (
 )
 from loraplex.jobs.data import DataFile
 from loraplex.jobs.events import JobEvent, TrainingSample, TrainingSamples
+from loraplex.model.values import (
+    ChatTemplateInfo,
+    DetokenizedText,
+    ModelDescription,
+    NamedToken,
+    RenderedChat,
+    TokenizedText,
+)
 from loraplex.requests import ConversationOptions, GenerateOptions, Message
 from loraplex.results import (
     AdapterEvent,
@@ -51,7 +59,7 @@ from loraplex.results import (
     AdapterState,
     AdapterTable,
     AdapterTier,
-    ChatTemplateInfo,
+    Alternative,
     Completion,
     Delta,
     Finding,
@@ -59,10 +67,7 @@ from loraplex.results import (
     FinishReason,
     HealthStatus,
     MatchedStop,
-    ModelDescription,
-    NamedToken,
     Registration,
-    RenderedChat,
     ResolvedAdapter,
     Started,
     TokenLogprob,
@@ -102,6 +107,7 @@ __all__ = [
     "AdapterTable",
     "AdapterTier",
     "AdapterUnloaded",
+    "Alternative",
     "AsyncClient",
     "AsyncDataReading",
     "AsyncEngineWatch",
@@ -120,6 +126,7 @@ __all__ = [
     "DataReading",
     "DeadlineExceeded",
     "Delta",
+    "DetokenizedText",
     "Embedding",
     "Embeddings",
     "EngineState",
@@ -161,6 +168,7 @@ __all__ = [
     "Stream",
     "TokenLogprob",
     "TokenLogprobs",
+    "TokenizedText",
     "Training",
     "TrainingJob",
     "TrainingOptions",

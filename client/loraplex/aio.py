@@ -70,7 +70,8 @@ class AsyncClient(Calls):
         """Like `Client.stream`; not awaited itself: `async for delta in client.stream(...)`."""
         request = generation_pb2.GenerateStreamRequest(request=requests.generate(prompt, **options))
         arguments = self._connection.defaults.arguments(timeout)
-        return AsyncStream(self._connection.stubs.generation.GenerateStream(request, **arguments))
+        call = self._connection.stubs.generation.GenerateStream(request, **arguments)
+        return AsyncStream(call, request.request.n)
 
     def watch_adapters(self, *, timeout: float | None = None) -> AsyncWatch:
         """Like `Client.watch_adapters`; not awaited itself."""

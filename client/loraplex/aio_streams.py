@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from typing import Any, Generic, Self, TypeVar
 
 import grpc
@@ -69,8 +70,8 @@ class AsyncStream(AsyncRunningCall[Delta]):
 
     _receiver: Transcript
 
-    def __init__(self, call: Any) -> None:
-        super().__init__(call, Transcript())
+    def __init__(self, call: Any, completions: int = 1) -> None:
+        super().__init__(call, Transcript(completions))
 
     @property
     def started(self) -> Started | None:
@@ -79,8 +80,13 @@ class AsyncStream(AsyncRunningCall[Delta]):
 
     @property
     def finished(self) -> Finished | None:
-        """The end of the stream; None before it."""
+        """Like `Stream.finished`."""
         return self._receiver.finished
+
+    @property
+    def finishes(self) -> Mapping[int, Finished]:
+        """The completions that have ended, by their index."""
+        return self._receiver.finishes
 
     async def completion(self) -> Completion:
         """Like `Stream.completion`."""

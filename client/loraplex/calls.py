@@ -12,22 +12,20 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from loraplex import channel, replies, requests, uploads
-from loraplex.connection import ServerConnection
 from loraplex.errors import LoraplexError, Unauthenticated, Unavailable, UploadNotFound
+from loraplex.model.calls import ModelCalls
 from loraplex.replies import read
-from loraplex.requests import ConversationOptions, GenerateOptions, Message, fill
+from loraplex.requests import GenerateOptions, fill
 from loraplex.results import (
     AdapterInfo,
     Completion,
     HealthStatus,
-    ModelDescription,
     Registration,
-    RenderedChat,
     UploadInfo,
     UploadProgress,
     Validation,
 )
-from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, model_pb2
+from loraplex.v1 import adapter_pb2, adapter_pb2_grpc
 
 Q = TypeVar("Q")
 
@@ -42,15 +40,11 @@ class _WithAdapter(Protocol):
 A = TypeVar("A", bound=_WithAdapter)
 
 
-class Calls:
+class Calls(ModelCalls):
     """All calls except those that return a stream. Every call may raise LoraplexError.
 
     `timeout` is the deadline of one call in seconds; None takes the client's.
     """
-
-    def __init__(self, connection: ServerConnection) -> None:
-        self._connection = connection
-        self._call = connection.call
 
     async def generate(
         self,
@@ -63,28 +57,6 @@ class Calls:
         request = requests.generate(prompt, **options)
         method = self._connection.stubs.generation.Generate
         return read(Completion, await self._call(method, request, timeout))
-
-    async def get_model(self, *, timeout: float | None = None) -> ModelDescription:
-        """Returns the server's base model, with its end tokens and its chat template."""
-        method, request = self._connection.stubs.model.GetModel, model_pb2.GetModelRequest()
-        return read(ModelDescription, (await self._call(method, request, timeout)).model)
-
-    async def render_chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        adapter: str | None = None,
-        timeout: float | None = None,
-        **options: Unpack[ConversationOptions],
-    ) -> RenderedChat:
-        """Returns the prompt that `generate` makes of a conversation, without generating.
-
-        `ConversationOptions` lists the options. Raises InvalidRequest if the chat template does not
-        take the conversation.
-        """
-        request = requests.render_chat(messages, adapter, options)
-        method = self._connection.stubs.model.RenderChat
-        return read(RenderedChat, await self._call(method, request, timeout))
 
     async def register_adapter(
         self,

@@ -7,6 +7,7 @@ token bucket, and never repeat a stream that has produced a message.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -14,7 +15,6 @@ import grpc
 
 from loraplex.access.keys import ClientKey
 from loraplex.access.options import ClientAccess
-from loraplex.tracing import trace_metadata
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 120.0  # seconds
@@ -135,6 +135,24 @@ class CallDefaults:
         if any(name == "traceparent" for name, _ in self.metadata):
             return own
         return (*own, *trace_metadata())
+
+
+_TRACE_HEADERS = ("traceparent", "tracestate")
+
+
+def trace_metadata() -> tuple[tuple[str, str], ...]:
+    """The metadata `traceparent` and `tracestate` of the current span; empty if there is none.
+
+    OpenTelemetry is a dependency of programs that have spans, not of this package. It is never
+    imported here first: without it there is no current span.
+    """
+    if "opentelemetry.trace" not in sys.modules:
+        return ()
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier)
+    return tuple((key, carrier[key]) for key in _TRACE_HEADERS if carrier.get(key))
 
 
 def connect(target: str, access: ClientAccess) -> grpc.Channel:

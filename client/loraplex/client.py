@@ -91,6 +91,8 @@ class Client:
     embed = blocking(embedding.embed)
     get_model = blocking(Calls.get_model)
     render_chat = blocking(Calls.render_chat)
+    tokenize = blocking(Calls.tokenize)
+    detokenize = blocking(Calls.detokenize)
     register_adapter = blocking(Calls.register_adapter)
     get_adapter = blocking(Calls.get_adapter)
     list_adapters = blocking(Calls.list_adapters)
@@ -125,7 +127,8 @@ class Client:
         """Starts a completion and returns its stream. `GenerateOptions` lists the options."""
         request = generation_pb2.GenerateStreamRequest(request=requests.generate(prompt, **options))
         arguments = self._connection.defaults.arguments(timeout)
-        return Stream(self._connection.stubs.generation.GenerateStream(request, **arguments))
+        call = self._connection.stubs.generation.GenerateStream(request, **arguments)
+        return Stream(call, request.request.n)
 
     def watch_adapters(self, *, timeout: float | None = None) -> Watch:
         """Watches the table of adapters. `timeout` None means no deadline.

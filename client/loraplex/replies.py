@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
@@ -125,12 +126,23 @@ class WatchLog:
 
 
 class Transcript:
-    """Collects what a stream sends: its head, its deltas and its end."""
+    """Collects what a stream sends: its head, the deltas of its completions and their ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, completions: int = 1) -> None:
+        """`completions` is the number that the request asked for; 0 stands for 1."""
         self.started: results.Started | None = None
-        self.finished: results.Finished | None = None
-        self._deltas: list[results.Delta] = []
+        self.finishes: dict[int, results.Finished] = {}
+        self._completions = max(1, completions)
+        self._deltas: defaultdict[int, list[results.Delta]] = defaultdict(list)
+
+    @property
+    def finished(self) -> results.Finished | None:
+        """The end of the first completion; None until all have ended."""
+        return self.finishes[0] if self._is_whole else None
+
+    @property
+    def _is_whole(self) -> bool:
+        return all(index in self.finishes for index in range(self._completions))
 
     def receive(self, message: generation_pb2.GenerateStreamResponse) -> results.Delta | None:
         """Takes the next message; returns its delta, or None if it has none."""
@@ -138,11 +150,13 @@ class Transcript:
             case "started":
                 self.started = read(results.Started, message.started)
             case "delta":
-                self._deltas.append(read(results.Delta, message.delta))
-                return self._deltas[-1]
+                delta = read(results.Delta, message.delta)
+                self._deltas[delta.index].append(delta)
+                return delta
             case "finished":
                 adapters = self.started.adapters if self.started else ()
-                self.finished = read(results.Finished, message.finished, adapters=adapters)
+                finished = read(results.Finished, message.finished, adapters=adapters)
+                self.finishes[finished.index] = finished
         return None
 
     def end(self, cancelled: bool) -> None:
@@ -153,20 +167,35 @@ class Transcript:
 
     def completion(self) -> results.Completion:
         """Returns the whole stream as one value. Raises ServerFault before the end."""
-        started, finished = self._whole()
+        started = self._whole()
+        first, *others = (self._part(index) for index in range(self._completions))
         return results.Completion(
-            text="".join(delta.text for delta in self._deltas),
-            token_ids=tuple(token for delta in self._deltas for token in delta.token_ids),
-            finish_reason=finished.finish_reason,
-            usage=finished.usage,
+            text=first.text,
+            token_ids=first.token_ids,
+            finish_reason=first.finish_reason,
+            usage=first.usage,
             adapters=started.adapters,
             request_id=started.request_id,
-            logprobs=tuple(entry for delta in self._deltas for entry in delta.logprobs),
+            logprobs=first.logprobs,
             prompt_logprobs=started.prompt_logprobs,
+            matched_stop=first.matched_stop,
+            alternatives=tuple(others),
+            prompt_token_ids=started.prompt_token_ids,
+        )
+
+    def _part(self, index: int) -> results.Alternative:
+        """One of the completions."""
+        deltas, finished = self._deltas[index], self.finishes[index]
+        return results.Alternative(
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+            finish_reason=finished.finish_reason,
+            usage=finished.usage,
+            logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
             matched_stop=finished.matched_stop,
         )
 
-    def _whole(self) -> tuple[results.Started, results.Finished]:
-        if self.started is None or self.finished is None:
+    def _whole(self) -> results.Started:
+        if self.started is None or not self._is_whole:
             raise cut_short()
-        return self.started, self.finished
+        return self.started

@@ -66,13 +66,19 @@ class GenerateOptions(ConversationOptions, total=False):
     seed: int | None  # the same seed, prompt and adapter give the same tokens
 
     # When the completion ends.
-    max_new_tokens: int | None  # default 256
+    max_new_tokens: int | None  # default 256; 0 only computes and scores the prompt
+    min_new_tokens: int | None  # until then nothing ends the completion
     stop: Sequence[str] | str | None  # strings that end the completion; they are not returned
+    include_stop_string: bool | None  # return the stop string that ended the completion
     stop_token_ids: Sequence[int] | None
     ignore_eos: bool | None  # continue past the end tokens of the model or adapter
     skip_special_tokens: bool | None  # leave special tokens out of the text; default true
 
+    # How many completions of the prompt there are.
+    n: int | None  # 1 to 128; completion i is that of the seed plus i
+
     # What is reported, and how the request is queued.
+    return_prompt_token_ids: bool | None
     logprobs: int | None  # alternatives per generated token; 0: only the chosen token
     prompt_logprobs: int | None  # alternatives per prompt token
     request_id: str | None  # appears in trailers and logs; default: chosen by the server
@@ -108,6 +114,8 @@ def generate(
             strings=[stop] if isinstance(stop, str) else stop,
             token_ids=options.get("stop_token_ids"),
             ignore_eos=options.get("ignore_eos"),
+            min_new_tokens=options.get("min_new_tokens"),
+            include_stop_string=options.get("include_stop_string"),
         ),
     }
     chat = {name: options.get(name) for name in ConversationOptions.__annotations__}

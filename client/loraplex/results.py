@@ -97,11 +97,16 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token, the natural logarithm of its probability, and its text decoded alone."""
+    """A token, the natural logarithm of its probability, and its text decoded alone.
+
+    `raw` are the token's bytes, which may be a part of a character. Those of all tokens, joined,
+    are the text with its special tokens. b"" from an older server.
+    """
 
     token_id: int
     logprob: float
     text: str
+    raw: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +126,24 @@ class MatchedStop:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """One more completion of the same prompt, for which `n` asked."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    matched_stop: MatchedStop | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """A whole completion.
 
-    `adapters` is empty for the base model; `logprobs` and `prompt_logprobs` are unless requested.
-    `matched_stop` is set if the finish reason is STOP.
+    `adapters` is empty for the base model; `logprobs`, `prompt_logprobs` and `prompt_token_ids` are
+    unless requested. `matched_stop` is set if the finish reason is STOP. `alternatives` are the
+    second and further completions, if `n` is above 1.
     """
 
     text: str
@@ -137,6 +155,8 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     matched_stop: MatchedStop | None = None
+    alternatives: tuple[Alternative, ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,78 +167,32 @@ class Started:
     adapters: tuple[ResolvedAdapter, ...]
     prompt_tokens: int
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """New text and tokens of a stream.
 
-    `text` may be empty while it could still become a stop string.
+    `text` may be empty while it could still become a stop string. `index` is the number of the
+    completion, from 0.
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of a stream. `matched_stop` is set if the finish reason is STOP."""
+    """The end of a completion. `matched_stop` is set if the finish reason is STOP."""
 
     finish_reason: FinishReason
     usage: Usage
     adapters: tuple[ResolvedAdapter, ...]
     matched_stop: MatchedStop | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class NamedToken:
-    """A token with its spelling in the vocabulary, which is "" without a tokenizer."""
-
-    token_id: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ChatTemplateInfo:
-    """A chat template by what it takes.
-
-    `sha256` (hex) is that of its source, and `source` where it comes from: "model" or "operator".
-    `variables` are the names that `chat_template_kwargs` may set.
-    """
-
-    sha256: str
-    source: str
-    takes_tools: bool
-    variables: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelDescription:
-    """The base model of a server.
-
-    `fingerprint` is the digest of its weights. `max_context` counts prompt and completion together.
-    `eos_tokens` end a completion, unless an adapter has its own. `bos_token` begins a prompt; None
-    if the model adds none. `chat_template` is None if the model has none.
-    """
-
-    name: str
-    fingerprint: str
-    architecture: str
-    max_context: int
-    vocab_size: int
-    eos_tokens: tuple[NamedToken, ...]
-    bos_token: NamedToken | None
-    has_tokenizer: bool
-    chat_template: ChatTemplateInfo | None
-
-
-@dataclass(frozen=True, slots=True)
-class RenderedChat:
-    """The prompt that a conversation is rendered to: the chat template's text, and its tokens."""
-
-    text: str
-    token_ids: tuple[int, ...]
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)

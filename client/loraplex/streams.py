@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Generic, Self, TypeVar
 
 import grpc
@@ -60,14 +61,15 @@ class RunningCall(Generic[T]):
 class Stream(RunningCall[Delta]):
     """A running completion: an iterator over its deltas.
 
-    `started` is None before the first delta, `finished` before the end. Leaving the `with` block,
+    The deltas of several completions come interleaved; each has its `index`. `started` is None
+    before the first delta, `finished` before the end. Leaving the `with` block,
     `cancel`, or dropping the last reference cancels the completion on the server.
     """
 
     _receiver: Transcript
 
-    def __init__(self, call: Any) -> None:
-        super().__init__(call, Transcript())
+    def __init__(self, call: Any, completions: int = 1) -> None:
+        super().__init__(call, Transcript(completions))
 
     @property
     def started(self) -> Started | None:
@@ -76,8 +78,16 @@ class Stream(RunningCall[Delta]):
 
     @property
     def finished(self) -> Finished | None:
-        """The end of the stream."""
+        """The end of the completion, of the first one if there are several.
+
+        None until all of them have ended.
+        """
         return self._receiver.finished
+
+    @property
+    def finishes(self) -> Mapping[int, Finished]:
+        """The completions that have ended, by their index."""
+        return self._receiver.finishes
 
     def completion(self) -> Completion:
         """Reads to the end; returns the whole completion, including deltas read before."""

@@ -184,6 +184,12 @@ class Ingress:
         reply = await chosen.call.remote("generation", "Generate", request)
         return answered(reply, grpc_context, generation_pb2.GenerateResponse)
 
+    async def Embed(self, request: Any, grpc_context: Any) -> Any:
+        """Embeds texts on a replica that has the adapter."""
+        chosen = self._servers.options(multiplexed_model_id=request.adapter_id)
+        reply = await chosen.call.remote("generation", "Embed", request)
+        return answered(reply, grpc_context, generation_pb2.EmbedResponse)
+
     async def GenerateStream(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:
         """Streams from a replica that has the adapter."""
         chosen = self._servers.options(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
@@ -16,27 +15,44 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from loraplex_gateway import errors, health
+from loraplex_gateway import adapters, errors, health
+from loraplex_gateway.chat import routes as chat
+from loraplex_gateway.completions import routes as completions
+from loraplex_gateway.console import routes as console
 from loraplex_gateway.context import Context
+from loraplex_gateway.embeddings import routes as embeddings
+from loraplex_gateway.engine import routes as engine
 from loraplex_gateway.errors import ApiError
 from loraplex_gateway.files import routes as files
 from loraplex_gateway.finetuning import routes as finetuning
+from loraplex_gateway.metrics import Observed
 from loraplex_gateway.models import routes as models
-from loraplex_gateway.settings import Settings
-
-log = logging.getLogger(__name__)
+from loraplex_gateway.responses import routes as responses
+from loraplex_gateway.settings import GatewaySettings
+from loraplex_gateway.tokens import routes as tokens
 
 PARTS: Final[tuple[Callable[[Context], list[BaseRoute]], ...]] = (
     health.routes,
     models.routes,
     files.routes,
     finetuning.routes,
+    chat.routes,
+    completions.routes,
+    responses.routes,
+    embeddings.routes,
+    tokens.routes,
+    adapters.routes,
+    engine.routes,
+    console.routes,
 )
 """The parts of the interface. Each returns its routes."""
 
+SHOWN_HEADERS: Final = ("x-request-id", "x-loraplex-adapter", "retry-after", "retry-after-ms")
+"""Headers that pages of other origins may read."""
 
-def build(settings: Settings) -> Starlette:
-    """The application for `settings`. Raises SettingsError."""
+
+def build(settings: GatewaySettings) -> Starlette:
+    """The application for `settings`. Raises SettingsError, and InvalidRequest for files of TLS."""
     settings.check()
     context = Context(settings)
 
@@ -45,24 +61,25 @@ def build(settings: Settings) -> Starlette:
         yield
         await context.close()
 
-    middleware = []
+    routes = [route for part in PARTS for route in part(context)]
+    middleware = [Middleware(Observed, metrics=context.metrics)]
     if settings.cors_origins:
         middleware.append(
             Middleware(
                 CORSMiddleware,
                 allow_origins=settings.cors_origins,
-                allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["authorization", "content-type"],
+                allow_methods=["GET", "POST", "PUT", "DELETE"],
+                allow_headers=["authorization", "content-type", "x-request-id"],
+                expose_headers=SHOWN_HEADERS,
             )
         )
     return Starlette(
-        routes=[route for part in PARTS for route in part(context)],
+        routes=routes,
         middleware=middleware,
         exception_handlers={
             ApiError: _api_error,
             LoraplexError: _server_error,
             HTTPException: _http_error,
-            Exception: _fault,
         },
         lifespan=lifespan,
     )
@@ -81,19 +98,7 @@ async def _server_error(_: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """Of the routing itself: no such path, or another method."""
     assert isinstance(error, HTTPException), "the handler of HTTPException"
-    text = f"{request.method} {request.url.path}: {error.detail}"
+    text = f"{request.method[:16]} {request.url.path[:256]}: {error.detail}"
     response = ApiError(error.status_code, text).response()
     response.headers.update(error.headers or {})
     return response
-
-
-async def _fault(request: Request, error: Exception) -> Response:
-    """A fault of the gateway; neither the answer nor the log has the request's content."""
-    where = type(error).__name__
-    log.error("%s %s failed: %s", request.method, request.url.path, where, exc_info=_bare(error))
-    return ApiError(500, "internal error of the gateway", should_retry=False).response()
-
-
-def _bare(error: BaseException) -> BaseException:
-    """An error of the same traceback without its text, which may quote what was sent."""
-    return RuntimeError(type(error).__name__).with_traceback(error.__traceback__)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
-import uvicorn
 from loraplex import LoraplexError
 from loraplex.channel import DEFAULT_TARGET
 
-from loraplex_gateway.app import build
-from loraplex_gateway.settings import Settings, SettingsError
+from loraplex_gateway.settings import GatewaySettings, SettingsError
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+MISSING: Final = 2
+"""Exit code if a package of the extra `gateway` is not installed."""
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def _option(text: str, name: str) -> object:
@@ -25,49 +29,97 @@ def _env(name: str) -> str:
     return name.upper().replace("-", "_")
 
 
+Host = Annotated[str, _option("Address to listen on for HTTP.", "host")]
+Port = Annotated[int, _option("Port for HTTP; 0 takes a free one.", "port")]
+Target = Annotated[str, _option("gRPC address of the Loraplex server.", "target")]
+Tls = Annotated[bool, _option("Encrypt the connection to the Loraplex server.", "tls")]
+Authorities = Annotated[
+    Path | None,
+    _option("PEM file with the authorities of the Loraplex server's certificate.", "ca"),
+]
+ServerName = Annotated[
+    str, _option("Name in the Loraplex server's certificate, if not the target's.", "server-name")
+]
+Certificate = Annotated[
+    Path | None,
+    _option("PEM file with the certificate with which HTTP is encrypted.", "certificate"),
+]
+PrivateKey = Annotated[
+    Path | None, _option("PEM file with the private key of --certificate.", "private-key")
+]
+Insecure = Annotated[
+    bool, _option("Listen for HTTP that is not encrypted where others can reach it.", "insecure")
+]
+ServedNames = Annotated[
+    list[str] | None,
+    _option("Name of the base model in requests; may be repeated.", "served-model-name"),
+]
+Metrics = Annotated[
+    str, _option("URL of the Loraplex server's metrics, passed on as /metrics.", "metrics")
+]
+Origins = Annotated[
+    list[str] | None,
+    _option("Origin whose pages may call the gateway; may be repeated.", "cors-origin"),
+]
+ManagesAdapters = Annotated[
+    bool,
+    typer.Option(
+        "--manages-adapters/--no-manages-adapters",
+        help="Let callers load, change and unload adapters over HTTP, as their keys allow.",
+        envvar="LORAPLEX_GATEWAY_MANAGES_ADAPTERS",
+    ),
+]
+AdapterRoot = Annotated[
+    Path | None,
+    _option("Folder whose folders may be named as paths of adapters.", "adapter-root"),
+]
+ImportRoot = Annotated[
+    str, _option("Path below which callers name folders of the server.", "import-root")
+]
+Sources = Annotated[
+    list[str] | None,
+    _option("Prefix of URIs to fetch adapters from; may be repeated.", "allow-source"),
+]
+MaxUpload = Annotated[int, _option("Most bytes of an adapter.", "max-upload-bytes")]
+MaxBody = Annotated[int, _option("Largest body of a request, in bytes.", "max-body-bytes")]
+Drain = Annotated[
+    float,
+    _option("Seconds that running requests have to finish after SIGTERM.", "drain-seconds"),
+]
+ToolFormat = Annotated[
+    str,
+    _option(
+        "How the model writes calls of functions, if its chat template does not tell.",
+        "tool-format",
+    ),
+]
+
+
 @app.command()
 def run(
-    host: Annotated[str, _option("Address to listen on for HTTP.", "host")] = "127.0.0.1",
-    port: Annotated[int, _option("Port for HTTP; 0 takes a free one.", "port")] = 8000,
-    target: Annotated[
-        str, _option("gRPC address of the Loraplex server.", "target")
-    ] = DEFAULT_TARGET,
-    tls: Annotated[
-        bool, _option("Encrypt the connection to the Loraplex server.", "tls")
-    ] = False,
-    ca: Annotated[
-        Path | None,
-        _option("PEM file with the authorities of the Loraplex server's certificate.", "ca"),
-    ] = None,
-    server_name: Annotated[
-        str,
-        _option("Name in the Loraplex server's certificate, if not the target's.", "server-name"),
-    ] = "",
-    certificate: Annotated[
-        Path | None,
-        _option("PEM file with the certificate with which HTTP is encrypted.", "certificate"),
-    ] = None,
-    private_key: Annotated[
-        Path | None, _option("PEM file with the private key of --certificate.", "private-key")
-    ] = None,
-    insecure: Annotated[
-        bool,
-        _option("Listen for HTTP that is not encrypted where others can reach it.", "insecure"),
-    ] = False,
-    served_model_name: Annotated[
-        list[str] | None,
-        _option("Name of the base model in requests; may be repeated.", "served-model-name"),
-    ] = None,
-    metrics: Annotated[
-        str, _option("URL of the Loraplex server's metrics, passed on as /metrics.", "metrics")
-    ] = "",
-    cors_origin: Annotated[
-        list[str] | None,
-        _option("Origin whose pages may call the gateway; may be repeated.", "cors-origin"),
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    target: Target = DEFAULT_TARGET,
+    tls: Tls = False,
+    ca: Authorities = None,
+    server_name: ServerName = "",
+    certificate: Certificate = None,
+    private_key: PrivateKey = None,
+    insecure: Insecure = False,
+    served_model_name: ServedNames = None,
+    metrics: Metrics = "",
+    manages_adapters: ManagesAdapters = True,
+    adapter_root: AdapterRoot = None,
+    import_root: ImportRoot = "",
+    allow_source: Sources = None,
+    max_upload_bytes: MaxUpload = 4 << 30,
+    cors_origin: Origins = None,
+    max_body_bytes: MaxBody = 8 << 20,
+    drain_seconds: Drain = 30.0,
+    tool_format: ToolFormat = "",
 ) -> None:
     """Serve OpenAI's HTTP interface in front of a Loraplex server."""
-    settings = Settings(
+    settings = GatewaySettings(
         host=host,
         port=port,
         target=target,
@@ -79,28 +131,60 @@ def run(
         insecure=insecure,
         served_names=tuple(served_model_name or ()),
         metrics=metrics,
+        manages_adapters=manages_adapters,
+        adapter_root=adapter_root,
+        import_root=import_root,
+        allow_sources=tuple(allow_source or ()),
+        max_upload_bytes=max_upload_bytes,
         cors_origins=tuple(cors_origin or ()),
+        max_body_bytes=max_body_bytes,
+        drain_seconds=drain_seconds,
+        tool_format=tool_format,
     )
+    raise typer.Exit(serve(settings))
+
+
+def serve(settings: GatewaySettings) -> int:
+    """Serves until a signal ends it; returns the exit code, after one line if it cannot start."""
+    # The gRPC library's own messages may hold the bytes of a peer.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    from loraplex_gateway import serving
+    from loraplex_gateway.app import build
+
+    async def served() -> None:
+        application = build(settings)
+        listening = serving.listen(settings)
+        await serving.serve(application, settings, listening, _ready)
+
     try:
-        serve(settings)
+        asyncio.run(served())
+    except serving.CannotListen as error:
+        return _failed(str(error), serving.GatewayExit.PORT_IN_USE)
     except (SettingsError, LoraplexError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        return _failed(str(error), serving.GatewayExit.BAD_SETTINGS)
+    return serving.GatewayExit.OK
 
 
-def serve(settings: Settings) -> None:
-    """Serves until a signal ends it. Raises SettingsError."""
-    uvicorn.run(
-        build(settings),
-        host=settings.host,
-        port=settings.port,
-        ssl_certfile=settings.certificate,
-        ssl_keyfile=settings.private_key,
-        access_log=False,  # a path may hold the name of another tenant's adapter
-        server_header=False,
-        log_level="warning",
-    )
+def _ready(where: str) -> None:
+    print(f"ready: http {where}", flush=True)
+
+
+def _failed(text: str, code: int) -> int:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    return code
 
 
 def main() -> None:
-    app()
+    """The console script. Without the packages of the extra `gateway`, it says so in one line."""
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "loraplex_gateway":
+            raise
+        text = f"the gateway needs the package {error.name}: install loraplex[gateway]"
+        sys.exit(_failed(text, MISSING))

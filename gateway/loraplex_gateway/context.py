@@ -1,15 +1,21 @@
-"""What all routes share: the settings, the connection to the server, and who calls."""
+"""What all routes share: the settings, the connections to the server, and who calls."""
 
 from __future__ import annotations
 
-from typing import Final
+import itertools
+from typing import Any, Final
 
-from loraplex import AsyncClient
+from loraplex import AsyncClient, LoraplexError
+from loraplex.access.targets import stays_on_this_machine
 from starlette.requests import HTTPConnection
 
 from loraplex_gateway.errors import ApiError
+from loraplex_gateway.metrics import GatewayMetrics
 from loraplex_gateway.models.ids import ModelIds
-from loraplex_gateway.settings import Settings
+from loraplex_gateway.settings import GatewaySettings
+
+CONNECTIONS: Final = 4
+"""Connections for callers' requests. The server takes 256 calls at once on each."""
 
 _PASSED_ON: Final = ("traceparent", "tracestate")
 
@@ -20,35 +26,44 @@ class Context:
     Attributes:
         settings: the settings.
         ids: the ids of models.
-        server: a client that carries no key, for what needs none.
+        metrics: the gateway's own series.
+        server: a client that carries no key, for what needs none. It has a connection of its own,
+            so that health is answered while callers use up theirs.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: GatewaySettings) -> None:
         self.settings = settings
-        access: dict[str, object] = {"key": ""}
-        if settings.tls or settings.ca is not None or settings.server_name:
-            access |= {"tls": True}
-            access |= {"ca": settings.ca} if settings.ca is not None else {}
-            access |= {"server_name": settings.server_name} if settings.server_name else {}
-        self.server = AsyncClient(
-            settings.target,
-            timeout=settings.request_seconds,
-            **access,  # type: ignore[arg-type]
-        )
         self.ids = ModelIds(settings.served_names)
+        self.metrics = GatewayMetrics()
+        encryption = _encryption(settings)
+        self._is_private = bool(encryption) or stays_on_this_machine(settings.target)
+        self.server, *self._clients = (
+            AsyncClient(settings.target, timeout=settings.request_seconds, key="", **encryption)
+            for _ in range(1 + CONNECTIONS)
+        )
+        self._turns = itertools.cycle(self._clients)
 
     def client_for(self, request: HTTPConnection) -> AsyncClient:
         """A client whose calls carry the caller's key and trace.
 
-        The server decides what the key allows. Raises ApiError (401) for a credential of another
-        scheme than Bearer, and InvalidRequest for one that is no key.
+        The server decides what the key allows. Raises ApiError: 401 for what is no key, 500 if keys
+        cannot be passed on because the connection to the server is not encrypted.
         """
-        headers = request.headers
+        headers, key = request.headers, bearer(request)
+        if key and not self._is_private:
+            text = "the gateway's connection to the server is not encrypted, so it sends no keys"
+            raise ApiError(500, text, code="keys_not_sent", should_retry=False)
         trace = tuple((name, headers[name]) for name in _PASSED_ON if name in headers)
-        return self.server.for_caller(bearer(request), trace)
+        try:
+            return next(self._turns).for_caller(key, trace)
+        except LoraplexError:
+            text = "the key is no key: a key is one word of visible ASCII characters"
+            raise ApiError(401, text, code="invalid_api_key") from None
 
     async def close(self) -> None:
-        await self.server.close()
+        """Closes the connections; running calls are cancelled."""
+        for client in (self.server, *self._clients):
+            await client.close()
 
 
 def bearer(request: HTTPConnection) -> str:
@@ -60,3 +75,10 @@ def bearer(request: HTTPConnection) -> str:
     if scheme.lower() != "bearer":
         raise ApiError(401, "give the key as `Authorization: Bearer KEY`", code="invalid_api_key")
     return key.strip()
+
+
+def _encryption(settings: GatewaySettings) -> dict[str, Any]:
+    """The client's options of an encrypted connection; empty if it is not to be encrypted."""
+    given = {"ca": settings.ca, "server_name": settings.server_name}
+    found = {name: value for name, value in given.items() if value}
+    return {"tls": True, **found} if settings.tls or found else {}

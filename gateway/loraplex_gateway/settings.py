@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -14,7 +15,7 @@ class SettingsError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class GatewaySettings:
     """How the gateway listens, where its server is, and what it allows.
 
     Attributes:
@@ -30,9 +31,18 @@ class Settings:
         max_body_bytes: largest request body; uploads have limits of their own.
         cors_origins: origins whose pages may call; "*" for all.
         request_seconds: longest time of a request on the server.
+        drain_seconds: seconds that running requests have to finish after SIGTERM.
         manages_adapters: whether adapters can be loaded and unloaded over HTTP.
-        adapter_root: folder whose folders may be named as adapters' paths; None for none.
+        adapter_root: folder of this machine, whose folders may be named as adapters' paths and are
+            sent to the server; None for none.
+        import_root: absolute path below which callers know the server's import root, if they name
+            adapters by absolute paths; "" if they do not.
+        allow_sources: prefixes of the URIs from which adapters may be fetched; none are by default.
+        max_upload_bytes: largest adapter that is received, fetched or sent.
+        pull_seconds: longest time in which an adapter is fetched.
         console: whether the console's page is served.
+        tool_format: how the model writes calls of functions, a name of `tools/formats/known.py`; ""
+            finds it out from the chat template.
     """
 
     host: str = "127.0.0.1"
@@ -49,20 +59,43 @@ class Settings:
     max_body_bytes: int = 8 << 20
     cors_origins: tuple[str, ...] = ()
     request_seconds: float = 600.0
+    drain_seconds: float = 30.0
     manages_adapters: bool = True
     adapter_root: Path | None = None
+    import_root: str = ""
+    allow_sources: tuple[str, ...] = ()
+    max_upload_bytes: int = 4 << 30
+    pull_seconds: float = 600.0
     console: bool = True
+    tool_format: str = ""
 
     def check(self) -> None:
         """Raises SettingsError for settings that exclude each other or expose callers."""
         if (self.certificate is None) != (self.private_key is None):
             missing = "private_key" if self.private_key is None else "certificate"
             raise SettingsError(f"{missing}: is missing; certificate and private_key go together")
+        if not 0 <= self.port <= 65535:
+            raise SettingsError(f"port: {self.port} is no port; ports are 0 to 65535")
+        if self.metrics and not self.metrics.startswith(("http://", "https://")):
+            raise SettingsError("metrics: must be a URL that begins with http:// or https://")
+        from loraplex_gateway.tools.formats.known import FORMATS  # needs the extra `gateway`
+
+        if self.tool_format and self.tool_format not in FORMATS:
+            known = ", ".join(FORMATS)
+            raise SettingsError(f"tool_format: {self.tool_format} is not one of {known}")
+        if self.max_body_bytes < 1:
+            raise SettingsError("max_body_bytes: must be at least 1")
+        if not 0 <= self.drain_seconds <= 86_400:
+            raise SettingsError("drain_seconds: must be 0 to 86400")
         if self.certificate is None and not self.insecure and not _is_loopback(self.host):
             raise SettingsError(
                 f"host: {self.host} can be reached by others, and HTTP would not be encrypted; "
                 "give certificate and private_key, or insecure if something in front encrypts"
             )
+        if self.import_root and not os.path.isabs(self.import_root):
+            raise SettingsError("import_root: must be an absolute path")
+        if self.adapter_root is not None and not self.adapter_root.is_dir():
+            raise SettingsError(f"adapter_root: {self.adapter_root} is not a folder")
 
 
 def _is_loopback(host: str) -> bool:
@@ -72,3 +105,6 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+Settings = GatewaySettings

@@ -15,19 +15,14 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any, Final
 
-from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Store
 from loraplex_model.ops import build
-from prometheus_client import (
-    CollectorRegistry,
-    GCCollector,
-    PlatformCollector,
-    ProcessCollector,
-)
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from loraplex_server.access.limits.quotas import Quotas
 from loraplex_server.access.principals import Principal
 from loraplex_server.config import Config
+from loraplex_server.declared.providing import provide_declared
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.group.group import members
 from loraplex_server.engine.messages import Hello, ModelInfo
@@ -59,6 +54,7 @@ from loraplex_server.runtime.admin import MetricsServer
 from loraplex_server.runtime.ending import CLOSE_SECONDS, unexpected_end
 from loraplex_server.runtime.failures import StartFailure, needed
 from loraplex_server.runtime.following import follow_principals
+from loraplex_server.runtime.gateway import GatewayProcess
 from loraplex_server.runtime.lanes import Lanes
 from loraplex_server.runtime.loop_lag import watch_event_loop
 from loraplex_server.runtime.shutdown import (
@@ -113,6 +109,7 @@ class Server:
         watch_front(self.metrics, self._lanes, self._gate)
         self._training: JobQueue | None = None
         self._accepting: WatchedTask | None = None
+        self._gateway = GatewayProcess()
         self.addresses = parts.addresses_of(config)
         self.admin_address = Address(config.admin_host, config.admin_port)
 
@@ -129,7 +126,7 @@ class Server:
     def __str__(self) -> str:
         """Where it listens, as the line that tells that it is ready has it."""
         manage = f" manage {self.manage_address}" if self.manage_address is not None else ""
-        return f"grpc {self.address} admin {self.admin_address}{manage}"
+        return f"grpc {self.address} admin {self.admin_address}{manage}{self._gateway}"
 
     async def start(self) -> None:
         """Starts all parts; the server is ready when it returns. Raises StartFailure.
@@ -138,6 +135,8 @@ class Server:
         """
         config = self._config
         self._bind()
+        self._close_later(PART_SECONDS, "the gateway does not stop", self._gateway.stop)
+        await self._gateway.start(config, self._rpc, self.admin_address)
         self.metrics.trace_to(config.otlp_endpoint)
         self._close_later(PART_SECONDS, "the last spans stay behind", self.metrics.tracing.close)
         if self._directory is not None:
@@ -159,13 +158,7 @@ class Server:
             tokenizer = await asyncio.to_thread(
                 parts.tokenizer_of, config, model, context, self._lanes.text
             )
-        limits = AdapterLimits(
-            max_rank=config.max_rank,
-            max_weights_bytes=int(config.max_adapter_file),
-            max_device_bytes=hello.adapter_budget_bytes,
-            max_virtual_tokens=config.adapter_virtual_tokens,
-            max_context=context,
-        )
+        limits = parts.adapter_limits_of(config, hello, context)
         texts = AdapterTexts(tokenizer.special_tokens, config.adapter_chat_templates)
         with needed(ServerExit.BAD_CONFIG, "cannot read"):
             signatures = await asyncio.to_thread(Signatures.open, config.adapter_signatures)
@@ -176,6 +169,10 @@ class Server:
             await registry.open()
         self._observer.on_table = registry.feed.on_table
         self._keep_running(registry)
+        watch = await provide_declared(config, registry, self.metrics.series)
+        if watch is not None:
+            following = WatchedTask(watch.run(), "adapter directory")
+            self._closing.push_async_callback(following.stop)
         self._training = await self._open_training(registry)
         await self._accept_calls(model, registry, tokenizer, context)
 
@@ -213,6 +210,7 @@ class Server:
         self._accepting = WatchedTask(self._rpc.stopped(), "acceptance of calls")
         # Stopped before engine and store are closed, because running calls use them.
         self._close_later(PART_SECONDS, "the connections do not close", self._stop_rpc)
+        self._close_later(PART_SECONDS, "the gateway does not stop", self._gateway.stop)
 
     async def drain(self) -> None:
         """Refuses new calls and waits for running ones, which end at the drain timeout."""

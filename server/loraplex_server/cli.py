@@ -26,7 +26,9 @@ def _program() -> typer.Typer:
     try:
         if sys.argv[1:2] == ["serve"]:
             from loraplex_server.commands import serve
+            from loraplex_server.declared.named import spread
 
+            sys.argv[1:] = spread(sys.argv[1:])
             return serve.program()
         from loraplex_server.commands import program
 

@@ -13,6 +13,7 @@ from pydantic import field_validator, model_validator
 
 from loraplex_server import fair_weights
 from loraplex_server.access import settings as access
+from loraplex_server.declared.named import require_different
 from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.batching.shares import RESERVED
 from loraplex_server.engine.group import devices
@@ -60,6 +61,7 @@ class Config(ServerSettings):
         if self.max_running > self.token_budget:
             raise ValueError("max_running must be at most token_budget")
         access.require_coherent(self)
+        require_different(self.adapters)
         return self
 
     def lines(self) -> list[str]:

@@ -152,6 +152,9 @@ class Series:
     adapters_unservable = _gauge(
         "Adapters that are not served, by cause.", cause=("base", "missing", "quarantined")
     )
+    directory_adapters = _gauge(
+        "Folders of the adapter directory by state.", state=("registered", "waiting", "refused")
+    )
     index_away_seconds = _gauge(
         "Seconds since the store's index stopped answering; 0 while it answers."
     )

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, ByteSize, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from loraplex_server.declared.named import NamedAdapter
 from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
 
 DEFAULT_MODEL: Final = "default"
@@ -90,6 +91,10 @@ class ServerSettings(BaseSettings):
     on host; if empty, host serves all calls."""
     manage_port: Port = 50052
     """Port on manage_host; 0 picks a free one."""
+    gateway: str = ""
+    """Address (HOST:PORT) of the HTTP gateway, which speaks OpenAI's interface; port 0 picks a free
+    one. It is a process of its own that starts and ends with the server; if empty, there is none.
+    """
     max_connections: int = Field(1024, ge=1, le=1 << 20)
     """Most connections to the gRPC port; further ones are closed at once."""
     reflection: bool = True
@@ -151,6 +156,18 @@ class ServerSettings(BaseSettings):
     merge_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the dense weights of merged adapters; `auto` uses dtype."""
 
+    adapters: tuple[NamedAdapter, ...] = Field((), repr=False)
+    """Adapters that are registered when the server starts: tables [[adapters]] of the TOML file."""
+    adapters_required: bool = True
+    """Refuse to start if an adapter that is named at start cannot be registered."""
+    adapter_directory: PathOrNone = None
+    """Directory whose folders are adapters: what appears there is registered under the folder's
+    name. If empty, there is none."""
+    adapter_directory_seconds: float = Field(10.0, ge=0.05, le=86_400)
+    """Seconds between two looks at adapter_directory. A folder is taken once nothing in it has
+    changed for so long."""
+    adapter_directory_removes: bool = False
+    """Delete an adapter whose folder has gone from adapter_directory. It can be restored."""
     adapter_chat_templates: bool = False
     """Let clients register adapters with a chat template of their own, and render conversations
     for such an adapter with it. Templates run in a sandbox."""

@@ -68,7 +68,10 @@ def failure(code: grpc.StatusCode, reason: str, *details: Any, **metadata: str) 
 
 
 def logprobs(token: int) -> generation_pb2.TokenLogprobs:
-    entry = generation_pb2.TokenLogprob(token_id=token, logprob=-0.5, text=f"<{token}>")
+    text = f"<{token}>"
+    entry = generation_pb2.TokenLogprob(
+        token_id=token, logprob=-0.5, text=text, raw=text.encode() + b"\xff"
+    )
     return generation_pb2.TokenLogprobs(chosen=entry, top=[entry, entry])
 
 
@@ -138,6 +141,18 @@ class FakeServer(
             logprobs=[logprobs(i) for i in range(len(words))],
             prompt_logprobs=[logprobs(7)],
             matched_stop=self.matched_stop,
+            alternatives=[
+                generation_pb2.Alternative(
+                    text=f"{i}" + "".join(words),
+                    token_ids=[i, *range(len(words))],
+                    finish_reason=generation_pb2.FINISH_REASON_LENGTH,
+                    usage=self._usage(request, ["", *words]),
+                    logprobs=[logprobs(j) for j in (i, *range(len(words)))],
+                    matched_stop=self.matched_stop,
+                )
+                for i in range(1, request.n)
+            ],
+            prompt_token_ids=[4, 5] if request.return_prompt_token_ids else [],
         )
 
     def GenerateStream(self, request, context) -> Iterator[Any]:
@@ -150,9 +165,15 @@ class FakeServer(
                 adapters=self._resolve(request),
                 prompt_tokens=3,
                 prompt_logprobs=[logprobs(7)],
+                prompt_token_ids=[4, 5] if request.return_prompt_token_ids else [],
             )
         )
         words = self._words(request)
+        for i in range(1, request.n):
+            delta = generation_pb2.GenerationDelta(
+                text=f"{i}", token_ids=[i], logprobs=[logprobs(i)], index=i
+            )
+            yield event(delta=delta)
         for index, word in enumerate(words):
             if index == self.hold_after:
                 self._hold(context)
@@ -162,6 +183,20 @@ class FakeServer(
             yield event(
                 delta=generation_pb2.GenerationDelta(
                     text=word, token_ids=[index], logprobs=[logprobs(index)]
+                )
+            )
+            for i in range(1, request.n):
+                delta = generation_pb2.GenerationDelta(
+                    text=word, token_ids=[index], logprobs=[logprobs(index)], index=i
+                )
+                yield event(delta=delta)
+        for i in range(1, request.n):
+            yield event(
+                finished=generation_pb2.GenerationFinished(
+                    finish_reason=generation_pb2.FINISH_REASON_LENGTH,
+                    usage=self._usage(request, ["", *words]),
+                    matched_stop=self.matched_stop,
+                    index=i,
                 )
             )
         if not self.omit_finished:
@@ -183,6 +218,23 @@ class FakeServer(
         self._enter("RenderChat", request, context)
         text = "".join(f"<{m.role}>{m.content}" for m in request.messages.messages)
         return model_pb2.RenderChatResponse(text=text, token_ids=[1, 2])
+
+    def Tokenize(self, request, context):
+        self._enter("Tokenize", request, context)
+        data = request.text.encode()
+        return model_pb2.TokenizeResponse(
+            token_ids=[*([] if request.no_special_tokens else [1]), *data],
+            pieces=[bytes([each]) for each in data] if request.with_pieces else [],
+        )
+
+    def Detokenize(self, request, context):
+        self._enter("Detokenize", request, context)
+        data = bytes(token for token in request.token_ids if token > 1)
+        start = "" if request.skip_special_tokens else "<s>" * list(request.token_ids).count(1)
+        return model_pb2.DetokenizeResponse(
+            text=start + data.decode(errors="replace"),
+            pieces=[bytes([each]) for each in request.token_ids] if request.with_pieces else [],
+        )
 
     def _words(self, request) -> list[str]:
         last = request.messages.messages[-1].content if request.HasField("messages") else ""

@@ -38,7 +38,9 @@ def members(kind: type) -> dict[str, list[inspect.Parameter]]:
 
 
 def test_both_clients_have_the_same_calls_with_the_same_arguments():
-    assert members(Client) == members(AsyncClient)
+    awaited = members(AsyncClient)
+    del awaited["for_caller"]  # for programs with an event loop
+    assert members(Client) == awaited
     constructors = [inspect.signature(kind.__init__).parameters for kind in (Client, AsyncClient)]
     assert list(constructors[0].values()) == list(constructors[1].values())
 
@@ -54,6 +56,10 @@ def test_every_call_of_both_clients_is_documented():
     [
         ("generate", ("one two",), {}),
         ("generate", (), {"messages": [{"role": "user", "content": "x"}], "adapter": "pirate"}),
+        ("generate", ("x",), {"n": 4, "return_prompt_token_ids": True}),
+        ("tokenize", ("é",), {}),
+        ("tokenize", ("é",), {"special_tokens": False, "pieces": True}),
+        ("detokenize", ([1, 195],), {"pieces": True}),
         ("generate", ("x",), {"mix": {"pirate": 0.5, "poet": 0.25}, "request_id": "mine"}),
         ("register_adapter", ("pirate", "dir"), {"replace": True, "load": True}),
         ("register_adapter", ("pirate", "dir"), {}),

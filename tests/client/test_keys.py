@@ -93,10 +93,11 @@ def calls(client: Any, folder: Path) -> Iterator[tuple[str, Any]]:
         "messages": [{"role": "user", "content": "x"}],
         "data": b"{}",
         "pieces": pieces(),
+        "token_ids": [1],
     }
     for owner in (client, client.training):
         for name, method in inspect.getmembers(owner, inspect.ismethod):
-            if name.startswith("_") or name in ("close", "for_caller", "health"):
+            if name.startswith("_") or name in ("close", "health", "for_caller"):
                 continue
             needed = [
                 given.get(parameter.name, "x")

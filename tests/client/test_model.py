@@ -37,7 +37,9 @@ MODEL = model_pb2.Model(
         "source": "model",
         "takes_tools": True,
         "variables": ["enable_thinking", "mode"],
+        "text": "{{ mode }}",
     },
+    hidden_size=16,
 )
 
 
@@ -57,7 +59,10 @@ def test_a_model_is_described(server: FakeServer, client: Client) -> None:
     assert (found.name, found.max_context) == ("tiny", 64)
     assert found.eos_tokens == (NamedToken(2, "</s>"), NamedToken(3, "\n"))
     assert found.bos_token is None
-    assert found.chat_template == ChatTemplateInfo("ab", "model", True, ("enable_thinking", "mode"))
+    assert found.chat_template == ChatTemplateInfo(
+        "ab", "model", True, ("enable_thinking", "mode"), "{{ mode }}"
+    )
+    assert found.hidden_size == 16
     server.model = model_pb2.Model(bos_token={"token_id": 0, "text": ""})
     found = client.get_model()
     assert (found.bos_token, found.chat_template) == (NamedToken(0, ""), None)
@@ -112,6 +117,7 @@ def test_the_model_is_printed_line_by_line(run, server: FakeServer) -> None:
         'eos_tokens: 2 "</s>" 3 "\\n"',
         "bos_token: none",
         "has_tokenizer: True",
+        "hidden_size: 16",
         "chat_template.sha256: ab",
         "chat_template.source: model",
         "chat_template.takes_tools: True",
@@ -119,7 +125,7 @@ def test_the_model_is_printed_line_by_line(run, server: FakeServer) -> None:
     ]
     assert json.loads(run("model", "--json").stdout)["eos_tokens"][0]["token_id"] == 2
     server.model = model_pb2.Model()
-    assert run("model").stdout.endswith("has_tokenizer: False\nchat_template: none\n")
+    assert run("model").stdout.endswith("hidden_size: 0\nchat_template: none\n")
 
 
 def test_a_prompt_is_printed_as_it_is(run, server: FakeServer, tmp_path) -> None:

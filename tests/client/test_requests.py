@@ -11,6 +11,7 @@ from loraplex.v1 import generation_pb2
 
 def test_what_is_left_out_stays_unset_and_zero_is_kept():
     request = requests.generate("hi", temperature=0, top_k=0, logprobs=0, max_new_tokens=None)
+    assert requests.generate("hi", max_new_tokens=0).stop.HasField("max_new_tokens")
     assert request.sampling.HasField("temperature")
     assert request.sampling.temperature == 0
     assert request.sampling.HasField("top_k")
@@ -37,6 +38,10 @@ def test_every_option_lands_in_its_field():
         stop=["\n", "END"],
         stop_token_ids=[2, 3],
         ignore_eos=True,
+        min_new_tokens=2,
+        include_stop_string=True,
+        n=5,
+        return_prompt_token_ids=True,
         logprobs=3,
         prompt_logprobs=1,
         request_id="mine",
@@ -59,8 +64,15 @@ def test_every_option_lands_in_its_field():
             seed=2**64 - 1,
         ),
         stop=generation_pb2.StopConditions(
-            max_new_tokens=7, strings=["\n", "END"], token_ids=[2, 3], ignore_eos=True
+            max_new_tokens=7,
+            strings=["\n", "END"],
+            token_ids=[2, 3],
+            ignore_eos=True,
+            min_new_tokens=2,
+            include_stop_string=True,
         ),
+        n=5,
+        return_prompt_token_ids=True,
         logprobs=3,
         prompt_logprobs=1,
         request_id="mine",
@@ -78,7 +90,8 @@ def test_the_documented_options_cover_every_field_of_the_proto():
     }
     renamed = {"adapter_id": "adapter", "prompt": None, "sampling": None}
     expected = {renamed.get(name, name) for name in fields} - {None}
-    expected |= {"max_new_tokens", "stop_token_ids", "ignore_eos"}  # StopConditions, and `stop`
+    expected |= {field.name for field in generation_pb2.StopConditions.DESCRIPTOR.fields}
+    expected = expected - {"strings"} | {"stop", "stop_token_ids"}
     expected |= {field.name for field in generation_pb2.ChatMessages.DESCRIPTOR.fields}
     assert set(requests.GenerateOptions.__annotations__) == expected
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from loraplex.channel import CallDefaults
-from loraplex.tracing import trace_metadata
+from loraplex.channel import CallDefaults, trace_metadata
 from opentelemetry import context, trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, TraceState

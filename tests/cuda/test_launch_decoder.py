@@ -10,6 +10,7 @@ import torch
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.decoder.cuda.decoder import CudaDecoder
 from loraplex_model.decoder.cuda.step.tickets import HostRoom
+from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.batching.sampler import Draw, uniform
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.messages import SamplingParams, StepReport, Submit
@@ -229,3 +230,48 @@ def test_the_engine_gives_the_same_answers_at_both_paces(
     monkeypatch.setattr(runner, "launch", None)
     assert ahead == generate(runner)
     assert [len(found) for found in ahead.values()] == [3, 4, 5, 4, 3]
+
+
+def test_states_of_a_launch_are_its_own_whatever_follows_it(runner: LocalRunner) -> None:
+    """The next pass overwrites the memory in which they were computed."""
+    width = runner.info.base.config.hidden_size
+    nobody = np.empty(0, np.int32)
+    order = replace(order_of(1, [], -1), temperature=0.0)
+    ids = [5, 6, 7, 8]
+
+    def batch(first: int) -> ForwardBatch:
+        text = ids, 0, [first, first + 1], ()
+        return ForwardBatch.build([([20, 21], 0, [12], ()), text], [1], state_rows=[3, 5])
+
+    expected = np.empty((2, width), np.float32)
+    runner.forward(batch(14), expected)
+    ticket = runner.launch(batch(14), [order], np.zeros(1, np.int32), nobody)
+    other = ForwardBatch.build([([40, 41, 42], 0, [10], ())], state_rows=[0, 1, 2])
+    after = runner.launch(other, [order], np.zeros(1, np.int32), nobody)
+    found = ticket.wait().states
+    assert after.wait().states.shape == (3, width)
+    np.testing.assert_array_equal(found, expected)
+    assert np.isfinite(found).all()
+
+
+def test_the_engine_gives_the_same_vectors_at_both_paces(
+    runner: LocalRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vectors() -> dict[int, bytes]:
+        core = EngineCore(runner, EngineLimits(token_budget=6, max_running=4))
+        for number, ids in enumerate((*PROMPTS, list(range(30, 43)))):
+            pooling = ("last", "mean")[number % 2]
+            core.add(Submit(number, ids, 1, pooling=pooling))
+        core.add(Submit(9, [3, 4, 5], 6, sampling=SamplingParams(temperature=0.0)))
+        states: dict[int, bytes] = {}
+        while not core.idle:
+            for message in core.step():
+                if isinstance(message, StepReport):
+                    states |= {each.id: each.state for each in message.outputs if each.state}
+        core.check()
+        return states
+
+    ahead = vectors()
+    assert ahead.keys() == {0, 1, 2, 3}
+    monkeypatch.setattr(runner, "launch", None)
+    assert vectors() == ahead

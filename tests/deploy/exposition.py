@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from loraplex_gateway.metrics import GatewayMetrics
 from loraplex_server.metrics import Metrics
 from prometheus_client import CollectorRegistry
 
@@ -13,6 +14,7 @@ _SUFFIXES = {
     "histogram": ("_bucket", "_sum", "_count"),
 }
 OTHER_WORDS = {
+    "loraplex_gateway",
     "loraplex_server",
     "loraplex_model",
     "loraplex_training",
@@ -34,13 +36,20 @@ def families() -> dict[str, str]:
     }
 
 
+def gateway_families() -> dict[str, str]:
+    """The same for the gateway."""
+    return {
+        family.name + ("_total" if family.type == "counter" else ""): family.type
+        for family in GatewayMetrics().registry.collect()
+    }
+
+
 def series_names() -> set[str]:
     """Every name that a query may use."""
     registry = CollectorRegistry()
     Metrics(registry)
-    return {
-        family.name + suffix for family in registry.collect() for suffix in _SUFFIXES[family.type]
-    }
+    collected = [*registry.collect(), *GatewayMetrics().registry.collect()]
+    return {family.name + suffix for family in collected for suffix in _SUFFIXES[family.type]}
 
 
 def mentioned(text: str) -> set[str]:

@@ -17,6 +17,7 @@ import yaml
 from deploy.dashboard import ROOT
 from deploy.manifests import FOLDERS, KUBERNETES, Rendered, containers, files, pods, render
 from deploy.test_dockerfile import environment, last, stages
+from loraplex.sources import AdapterAddress, AllowList
 from loraplex_server.config import Config
 from loraplex_server.runtime.shutdown import EXIT_SECONDS
 from pydantic import SecretStr, TypeAdapter
@@ -172,6 +173,23 @@ def test_the_command_that_fetches_a_model_exists() -> None:
         mount["mountPath"] for mount in server["volumeMounts"] if mount["name"] == "model"
     }
     assert container["image"] == server["image"]
+
+
+def test_the_command_that_fetches_an_adapter_fills_the_watched_directory() -> None:
+    rendered = render("overlays/adapters-from-hub")
+    (container,) = rendered.pod["initContainers"]
+    program, *words = container["command"]
+    path = Path(sys.executable).with_name(program)
+    done = subprocess.run([path, *words, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    environment = {each["name"]: each.get("value") for each in rendered.server["env"]}
+    watched = environment["LORAPLEX_ADAPTER_DIRECTORY"]
+    assert words[words.index("--into") + 1] == watched
+    mounted = {mount["mountPath"]: mount for mount in rendered.server["volumeMounts"]}
+    assert mounted[watched]["readOnly"]
+    assert container["image"] == rendered.server["image"]
+    given = {each["name"]: each.get("value") for each in container["env"]}
+    assert AdapterAddress.parse(given["ADAPTER"]) in AllowList(given["LORAPLEX_PULL_ALLOW"].split())
 
 
 def test_services_reach_the_ports_of_pods(rendered: Rendered) -> None:

@@ -16,6 +16,7 @@ from loraplex_server.rpc import server
 from loraplex_server.rpc.calls import arriving, bounds
 from loraplex_server.rpc.calls.errors import TABLE
 from loraplex_server.rpc.services import health, reflection, watching
+from loraplex_server.rpc.services.live import engine as live
 from loraplex_server.runtime import admin
 from loraplex_server.training import table as table_of_jobs
 from loraplex_server.training.files import shelf
@@ -116,6 +117,7 @@ def test_the_table_of_what_clients_may_hold_is_the_codes() -> None:
         (shelf.MAX_READERS,),
         (
             watching.MAX_WATCHERS,
+            live.MAX_WATCHES,
             table_of_jobs.MAX_WATCHERS,
             health.MAX_HEALTH_WATCHERS,
             reflection.MAX_REFLECTIONS,
@@ -129,6 +131,7 @@ def test_the_table_of_what_clients_may_hold_is_the_codes() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_metric_that_a_document_mentions_exists(document: Path) -> None:
     known = exposition.series_names() | exposition.families().keys()
+    known |= exposition.gateway_families().keys()
     assert exposition.mentioned(document.read_text()) <= known
 
 
@@ -219,7 +222,7 @@ def test_every_test_that_the_guarantees_name_exists(document: str) -> None:
 
 
 def test_every_file_that_a_document_names_exists() -> None:
-    folders = "adapters|bench|client|deploy|docs|examples|model|proto|scripts|server|tests|training"
+    folders = "adapters|bench|client|deploy|docs|examples|gateway|model|proto|scripts|server|tests|training"
     for document in DOCUMENTS:
         for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", document.read_text()):
             assert (ROOT / name).exists(), f"{document.name}: {name}"

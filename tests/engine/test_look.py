@@ -5,9 +5,8 @@ from __future__ import annotations
 from engine.driving import AheadEngine, Engine, adapter
 from engine.oracle import OracleRunner
 from loraplex_server.engine.group.joining import join_views
-from loraplex_server.engine.messages import Look
 from loraplex_server.engine.process.handling import Handler
-from loraplex_server.engine.statistics import BatchView
+from loraplex_server.engine.statistics import BatchView, Look
 
 
 def test_every_unfinished_request_is_in_exactly_one_stage() -> None:

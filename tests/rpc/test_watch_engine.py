@@ -149,15 +149,15 @@ async def test_adapters_of_others_are_one_hidden_entry(tmp_path: Path) -> None:
         residents = {"a": 1, "b": 2, "c": 0, "admin": 2}
         async with streams(*calls):
             for name, watch in watches.items():
-                found = await state(watch, lambda found: sum(map(_all, found.adapters)) == 4)
+                found = await state(watch, lambda found: _decoding(found) == 4)
                 assert rows(found) == wanted[name], name
                 assert found.resident_adapters == residents[name], name
                 assert not any(each.adapter_id for each in found.adapters if each.hidden)
                 watch.cancel()
 
 
-def _all(entry: pb.AdapterRows) -> int:
-    return entry.prefill + entry.decode + entry.waiting
+def _decoding(found: pb.WatchEngineResponse) -> int:
+    return sum(entry.decode for entry in found.adapters)
 
 
 async def test_a_restart_of_the_engine_does_not_end_the_stream(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from loraplex import channel
-from loraplex.cli import adapters, chat, generate, health, model, terminal, train
+from loraplex.cli import adapters, chat, generate, health, model, pull, terminal, train
 from loraplex.cli.command import add_root_options, command
 from loraplex.cli.views import embed, top
 
@@ -30,7 +30,10 @@ command(app, "embed")(embed.embed)
 command(app, "top", timeout=None)(top.top)
 command(app, "model")(model.model)
 command(app, "render")(model.render)
+command(app, "tokenize")(model.tokenize)
+command(app, "detokenize")(model.detokenize)
 app.add_typer(adapters.app)
+app.command("pull")(pull.pull)
 app.add_typer(train.app)
 command(app, "health", timeout=channel.HEALTH_TIMEOUT, with_key=False)(health.health)
 

@@ -26,6 +26,17 @@ _COMPLETION: Mapping[str, Any] = {
     "frequency_penalty": option(
         "Sampling", "Penalty per occurrence of a token in the output, -2 to 2."
     ),
+    "n": option(
+        "Sampling", "Number of completions of the prompt, 1 to 128. They are not streamed.", "--n"
+    ),
+    "min_new_tokens": option(
+        "Stop conditions", "Smallest number of new tokens: nothing ends the completion before."
+    ),
+    "include_stop_string": option(
+        "Stop conditions",
+        "Print the text of --stop that ended the completion, too.",
+        "--include-stop-string",
+    ),
     "ignore_eos": option(
         "Stop conditions", "Continue past the end tokens of the model or adapter.", "--ignore-eos"
     ),
@@ -95,14 +106,18 @@ def generate(
         as_prompt = None
         opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         chosen["messages"] = [*opening, {"role": "user", "content": text}]
-    if stream and not session.as_json:
+    if stream and not session.as_json and (given.get("n") or 1) == 1:
         output.write_stream(session.client.stream(as_prompt, **chosen))
     else:
         session.show(session.client.generate(as_prompt, **chosen), _write)
 
 
 def _write(completion: Completion) -> None:
-    output.write_text(completion.text + "\n")
+    if completion.alternatives:
+        for number, each in enumerate((completion, *completion.alternatives), 1):
+            output.write_text(f"[{number}]\n{each.text}\n")
+    else:
+        output.write_text(completion.text + "\n")
     output.write_summary(completion)
 
 

@@ -1,4 +1,4 @@
-"""`loraplex model` and `loraplex render`: the base model, and the prompt of a conversation."""
+"""`loraplex model`, `render`, `tokenize` and `detokenize`: the base model, and prompts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ from loraplex.cli import options, output
 from loraplex.cli.options import option
 from loraplex.cli.session import Session
 from loraplex.cli.terminal import recovered
+from loraplex.model.values import (
+    DetokenizedText,
+    ModelDescription,
+    NamedToken,
+    RenderedChat,
+    TokenizedText,
+)
 from loraplex.requests import Message
-from loraplex.results import ModelDescription, NamedToken, RenderedChat
 
 
 def model(session: Session) -> None:
@@ -84,6 +90,44 @@ def render(
     session.show(done, _write_prompt)
 
 
+def tokenize(
+    session: Session,
+    text: Annotated[
+        str, typer.Argument(metavar="TEXT", help="Text; `-` reads it from standard input.")
+    ],
+    *,
+    special_tokens: Annotated[
+        bool,
+        option(
+            "Model",
+            "Begin with the token that begins a prompt, if the model has one.",
+            "--special-tokens/--no-special-tokens",
+        ),
+    ] = True,
+    pieces: Annotated[
+        bool, option("Output", "Print a line with the id and the text of each token.", "--pieces")
+    ] = False,
+) -> None:
+    """Print the tokens of TEXT."""
+    given = recovered(sys.stdin.read()) if text == "-" else text
+    done = session.client.tokenize(given, special_tokens=special_tokens, pieces=pieces)
+    session.show(done, _write_tokens)
+
+
+def detokenize(
+    session: Session,
+    token_ids: Annotated[list[int], typer.Argument(metavar="ID...", help="Token ids.", min=0)],
+    *,
+    skip_special_tokens: Annotated[
+        bool,
+        option("Output", "Leave special tokens out of the text.", "--skip-special-tokens"),
+    ] = False,
+) -> None:
+    """Print the text of tokens."""
+    done = session.client.detokenize(token_ids, skip_special_tokens=skip_special_tokens)
+    session.show(done, _write_text)
+
+
 def _read_list(path: str) -> list[Any]:
     """The list in a JSON file. Raises BadParameter."""
     try:
@@ -100,7 +144,7 @@ def _write_model(found: ModelDescription) -> None:
     """Prints a line `name: value` for each field, and for those of the chat template."""
     for field in dataclasses.fields(found):
         value = getattr(found, field.name)
-        if field.name == "chat_template":
+        if field.name == "chat_template":  # at the end
             continue
         if isinstance(value, tuple):
             value = " ".join(map(_named, value)) or "none"
@@ -112,6 +156,8 @@ def _write_model(found: ModelDescription) -> None:
         print("chat_template: none")
         return
     for field in dataclasses.fields(template):
+        if field.name == "text":  # a page or more; --json has it
+            continue
         value = getattr(template, field.name)
         text = (" ".join(value) or "none") if isinstance(value, tuple) else value
         print(f"chat_template.{field.name}: {text}")
@@ -127,3 +173,15 @@ def _write_prompt(prompt: RenderedChat) -> None:
         output.write_text("\n")
     if sys.stderr.isatty():
         output.note(f"[{len(prompt.token_ids)} tokens]")
+
+
+def _write_tokens(found: TokenizedText) -> None:
+    if not found.pieces:
+        print(*found.token_ids)
+    for token, piece in zip(found.token_ids, found.pieces, strict=False):
+        text = piece.decode(errors="backslashreplace")
+        print(token, json.dumps(text, ensure_ascii=False), sep="\t")
+
+
+def _write_text(found: DetokenizedText) -> None:
+    output.write_text(found.text + "\n")

@@ -42,6 +42,8 @@ def write_text(text: str) -> None:
 def write_json(value: object, flush: bool = False) -> None:
     """Prints dataclasses, alone or within lists and mappings, as one line of JSON.
 
+    Bytes become a list of numbers.
+
     Characters that standard output cannot show are escaped.
     """
 
@@ -50,6 +52,8 @@ def write_json(value: object, flush: bool = False) -> None:
             return dataclasses.asdict(item)
         if isinstance(item, datetime):
             return item.isoformat()
+        if isinstance(item, bytes):
+            return list(item)
         raise TypeError(type(item).__name__)
 
     text = json.dumps(value, default=plain, ensure_ascii=False)

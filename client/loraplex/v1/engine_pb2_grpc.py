@@ -48,7 +48,7 @@ class EngineServiceServicer:
 
     def WatchEngine(self, request, context):
         """WatchEngine sends the state of the engine again and again, until the client ends the call or the server
-        shuts down. A slow reader gets only the newest state.
+        shuts down. A slow reader gets only the newest state. While the engine is restarted, all numbers are 0.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,7 @@ class EngineServiceStub:
     def __new__(cls, channel: _aio.Channel) -> EngineServiceAsyncStub: ...
     WatchEngine: _grpc.UnaryStreamMultiCallable[_engine_pb2.WatchEngineRequest, _engine_pb2.WatchEngineResponse]
     """WatchEngine sends the state of the engine again and again, until the client ends the call or the server
-    shuts down. A slow reader gets only the newest state.
+    shuts down. A slow reader gets only the newest state. While the engine is restarted, all numbers are 0.
     """
 
 @_typing.type_check_only
@@ -45,7 +45,7 @@ class EngineServiceAsyncStub(EngineServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     WatchEngine: _aio.UnaryStreamMultiCallable[_engine_pb2.WatchEngineRequest, _engine_pb2.WatchEngineResponse]  # type: ignore[assignment]
     """WatchEngine sends the state of the engine again and again, until the client ends the call or the server
-    shuts down. A slow reader gets only the newest state.
+    shuts down. A slow reader gets only the newest state. While the engine is restarted, all numbers are 0.
     """
 
 class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -58,7 +58,7 @@ class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_engine_pb2.WatchEngineResponse], _abc.AsyncIterator[_engine_pb2.WatchEngineResponse]]:
         """WatchEngine sends the state of the engine again and again, until the client ends the call or the server
-        shuts down. A slow reader gets only the newest state.
+        shuts down. A slow reader gets only the newest state. While the engine is restarted, all numbers are 0.
         """
 
 def add_EngineServiceServicer_to_server(servicer: EngineServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -7,8 +7,8 @@
     "base:..."                  what follows the colon
     anything else               the adapter with this text as its label `loraplex.dev/model-id`
 
-Ids of the last kind come from programs that name adapters by paths or by hub ids. What is both is
-read as the label.
+Ids of the last kind come from programs that name adapters by paths or by hub ids. They are looked
+for before a text is read as "base:...".
 """
 
 from __future__ import annotations
@@ -19,16 +19,24 @@ import time
 from collections import OrderedDict
 from typing import Final
 
-from loraplex import AsyncClient, LoraplexError, ModelDescription
+from loraplex import AsyncClient, LoraplexError, ModelDescription, PermissionDenied, Unauthenticated
 
 from loraplex_gateway import errors
 
 FOREIGN_ID: Final = "loraplex.dev/model-id"
 """Label of an adapter whose id in requests is not its name."""
 
-_LEGAL: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?(?:@(?:\d{1,9}|sha256:[0-9a-f]{64}))?")
+MAX_FOREIGN_ID: Final = 256
+
+_LEGAL: Final = re.compile(
+    r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?(?:@(?:[1-9][0-9]{0,9}|sha256:[0-9a-f]{64}))?", re.ASCII
+)
 _SECONDS: Final = 2.0
 """How long the answer for a foreign id is used again."""
+
+_BASE_SECONDS: Final = 10.0
+"""How long the description of the base is used again. A server may be replaced by another."""
+
 _REMEMBERED: Final = 4096
 
 
@@ -43,12 +51,17 @@ class ModelIds:
     def __init__(self, served_names: tuple[str, ...]) -> None:
         self._served = served_names
         self._base: ModelDescription | None = None
+        self._base_until = 0.0
         self._foreign: OrderedDict[tuple[bytes, str], tuple[float, str]] = OrderedDict()
 
     async def base(self, client: AsyncClient) -> ModelDescription:
-        """The base model; asked for once, since a server has the same one until it ends."""
-        if self._base is None:
+        """The base model, as the server described it at most 10 seconds ago. Raises LoraplexError.
+
+        Every caller whom the server knows may ask for it.
+        """
+        if self._base is None or time.monotonic() > self._base_until:
             self._base = await client.get_model()
+            self._base_until = time.monotonic() + _BASE_SECONDS
         return self._base
 
     def forget(self) -> None:
@@ -63,7 +76,8 @@ class ModelIds:
     async def adapter(self, client: AsyncClient, model: str, key: str = "") -> str:
         """The adapter's id for the server; "" for the base.
 
-        `key` is the caller's, since callers see different adapters. Raises ApiError (404).
+        `key` is the caller's, since callers see different adapters. Raises ApiError (404) for an id
+        that no adapter can have; whether one has it, the server says when it is asked for it.
         """
         base = (await self.base(client)).name
         if model in self._served or model == base:
@@ -74,14 +88,21 @@ class ModelIds:
         if found:
             return found
         for name in (*self._served, base):
-            if model.startswith(f"{name}:"):
+            if name and model.startswith(f"{name}:"):
                 rest = model[len(name) + 1 :]
-                return "" if not rest else await self.adapter(client, rest, key)
+                return await self._after_colon(client, model, rest, key)
         raise errors.not_found(model)
 
+    async def _after_colon(self, client: AsyncClient, model: str, rest: str, key: str) -> str:
+        """The adapter that the part of an id after the base's name means."""
+        found = rest if is_legal(rest) else await self._labelled(client, rest, key)
+        if not found:
+            raise errors.not_found(model)
+        return found
+
     async def _labelled(self, client: AsyncClient, model: str, key: str) -> str:
-        """The name of the adapter with a foreign id; "" if there is none."""
-        if not model or len(model) > 256:
+        """The name of the adapter with a foreign id; "" if the caller sees none."""
+        if not model or len(model) > MAX_FOREIGN_ID:
             return ""
         place = hashlib.sha256(key.encode()).digest(), model
         known = self._foreign.get(place)
@@ -89,8 +110,14 @@ class ModelIds:
             return known[1]
         try:
             adapters = await client.list_adapters(labels={FOREIGN_ID: model})
+        except Unauthenticated:
+            raise
+        except PermissionDenied:
+            return ""  # who must not list adapters knows none by such an id
         except LoraplexError as error:
-            raise errors.of(error) from None
+            if errors.of(error).status == 400:
+                return ""  # no label can have this text
+            raise
         found = adapters[0].name if adapters else ""
         if found:  # what is missing may be there a moment later
             self._foreign[place] = time.monotonic() + _SECONDS, found

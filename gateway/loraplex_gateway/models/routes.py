@@ -6,19 +6,20 @@ import time
 from collections.abc import Iterator
 from typing import Any, Final
 
-from loraplex import AdapterInfo, AsyncClient
+from loraplex import AdapterInfo, AsyncClient, ModelDescription, NotFound
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from loraplex_gateway import errors
 from loraplex_gateway.context import Context, bearer
-from loraplex_gateway.models.ids import FOREIGN_ID, is_legal
+from loraplex_gateway.models.ids import FOREIGN_ID
 
 OWNER: Final = "loraplex"
 
 
 def routes(context: Context) -> list[BaseRoute]:
+    """The routes of models."""
     started = int(time.time())
 
     async def listed(request: Request) -> Response:
@@ -28,16 +29,18 @@ def routes(context: Context) -> list[BaseRoute]:
     async def one(request: Request) -> Response:
         client, model = context.client_for(request), request.path_params["model"]
         adapter = await context.ids.adapter(client, model, bearer(request))
-        cards = await _cards(context, client, started)
         if not adapter:
-            return JSONResponse({**cards[0], "id": model})
-        if is_legal(model) and "@" in model:
+            # Not from memory, so that only callers that the server knows are answered.
+            base = _base_card(model, await client.get_model(), started)
+            return JSONResponse(base)
+        try:
             info = await client.get_adapter(adapter)
-            return JSONResponse(_card(model, info, cards[0]))
-        for card in cards[1:]:
-            if card["id"] == model or card["root"] == adapter:
-                return JSONResponse({**card, "id": model})
-        raise errors.not_found(model)
+        except NotFound:
+            raise errors.not_found(model) from None
+        base = _base_card(
+            await context.ids.base_id(client), await context.ids.base(client), started
+        )
+        return JSONResponse(_card(model, info, base))
 
     return [
         Route("/v1/models", listed, methods=["GET"]),
@@ -46,10 +49,22 @@ def routes(context: Context) -> list[BaseRoute]:
 
 
 async def _cards(context: Context, client: AsyncClient, started: int) -> list[dict[str, Any]]:
-    """The cards of the base, of its other names, of the adapters, and of their aliases."""
+    """The cards of the base, of its other names, of the adapters, and of their aliases.
+
+    An alias of a version that is not the adapter's current one works, too, but is not listed.
+    """
+    adapters = await client.list_adapters()
     base = await context.ids.base(client)
-    first = {
-        "id": await context.ids.base_id(client),
+    first = _base_card(await context.ids.base_id(client), base, started)
+    cards = [first, *({**first, "id": name} for name in context.settings.served_names[1:])]
+    for info in adapters:
+        cards += _of(info, first)
+    return cards
+
+
+def _base_card(model: str, base: ModelDescription, started: int) -> dict[str, Any]:
+    return {
+        "id": model,
         "object": "model",
         "created": started,
         "owned_by": OWNER,
@@ -57,10 +72,6 @@ async def _cards(context: Context, client: AsyncClient, started: int) -> list[di
         "parent": None,
         "max_model_len": base.max_context,
     }
-    cards = [first, *({**first, "id": name} for name in context.settings.served_names[1:])]
-    for info in await client.list_adapters():
-        cards += _of(info, first)
-    return cards
 
 
 def _of(info: AdapterInfo, base: dict[str, Any]) -> Iterator[dict[str, Any]]:

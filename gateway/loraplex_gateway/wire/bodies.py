@@ -2,46 +2,110 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final, TypeVar
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from loraplex_gateway.errors import ApiError
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-HARMLESS = frozenset(
-    "user store metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention "
-    "session_id extra_headers".split()
+HARMLESS: Final = frozenset(
+    {
+        "extra_headers",
+        "guided_decoding_backend",
+        "metadata",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "session_id",
+        "spaces_between_special_tokens",
+        "store",
+        "user",
+    }
 )
-"""Fields of OpenAI's requests that change no answer, so they are ignored."""
+"""Fields of OpenAI's and vLLM's requests that change no answer, so they are ignored."""
 
-_PATH = re.compile(r" - at `\$\.?(.*)`$")
+NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+    {
+        "bad_words": ([],),
+        "detokenize": (True,),
+        "documents": ([],),
+        "early_stopping": (False,),
+        "functions": ([],),
+        "include_reasoning": (True,),
+        "length_penalty": (1.0,),
+        "logits_processors": ([],),
+        "mm_processor_kwargs": ({},),
+        "modalities": (["text"],),
+        "suffix": ("",),
+        "use_beam_search": (False,),
+        "verbosity": ("medium",),
+        "vllm_xargs": ({},),
+    }
+)
+"""Values with which a field that is not supported changes no answer: clients send defaults, too."""
+
+BODY_SECONDS: Final = 60.0
+"""Seconds that a body may take to arrive."""
+
+_PATH: Final = re.compile(r" - at `\$\.?(.*)`$")
+_MISSING: Final = re.compile(r"missing required field `(.*?)`")
 
 
 async def body_of(request: Request, limit: int) -> bytes:
-    """The whole body. Raises ApiError (413) if it has more than `limit` bytes."""
+    """The whole body. Raises ApiError: 413 above `limit` bytes, 408 if it does not arrive."""
     found = bytearray()
-    async for chunk in request.stream():
-        found += chunk
-        if len(found) > limit:
-            raise ApiError(
-                413, f"the body has more than {limit} bytes", code="request_too_large"
-            )
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                found += chunk
+                if len(found) > limit:
+                    text = f"the body has more than {limit} bytes"
+                    raise ApiError(413, text, code="request_too_large")
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
+    except ClientDisconnect:
+        raise ApiError(499, "the client closed the connection") from None
     return bytes(found)
 
 
 async def read(
-    request: Request, kind: type[T], limit: int, ignored: frozenset[str] = HARMLESS
+    request: Request,
+    kind: type[T],
+    limit: int,
+    ignored: frozenset[str] = HARMLESS,
+    neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL,
 ) -> T:
-    """The JSON body as a `kind`. Raises ApiError (400, 413).
+    """The JSON body as a `kind`. Raises ApiError (400, 408, 413, 415).
 
-    A field that is null counts as left out, and so do the fields in `ignored`. Every other field
-    that `kind` does not have is refused: it would change the answer if it were understood.
+    A field that is null counts as left out, and so do the fields in `ignored`, and those in
+    `neutral` with one of the values there. Every other field that `kind` does not have is refused:
+    it would change the answer if it were understood.
     """
-    return convert(loads(await body_of(request, limit)), kind, ignored)
+    require_json(request)
+    return convert(loads(await body_of(request, limit)), kind, ignored, neutral)
+
+
+def require_json(request: Request) -> None:
+    """Raises ApiError (415) unless the body's type is JSON.
+
+    A page of another origin can send other types without asking the gateway first, so this also
+    keeps web pages from calling a gateway that listens on the visitor's own machine.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (
+        kind.startswith("application/") and kind[-5:] == "+json"
+    ):
+        given = f"is {kind}" if kind else "is missing"
+        raise ApiError(415, f"the header content-type {given}; it must be application/json")
 
 
 def loads(data: bytes) -> dict[str, Any]:
@@ -55,31 +119,41 @@ def loads(data: bytes) -> dict[str, Any]:
     return found
 
 
-def convert(values: dict[str, Any], kind: type[T], ignored: frozenset[str] = HARMLESS) -> T:
+def convert(
+    values: Mapping[str, Any],
+    kind: type[T],
+    ignored: frozenset[str] = HARMLESS,
+    neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL,
+) -> T:
     """A decoded object as a `kind`; `read` says how."""
-    known = set(kind.__struct_encode_fields__)
+    known = frozenset(kind.__struct_encode_fields__)
     given = {name: value for name, value in values.items() if value is not None}
     for name in given.keys() - known - ignored:
-        raise ApiError(
-            400,
-            f"Unrecognized request argument supplied: {name}; it is not supported here",
-            param=name,
-            code="unknown_parameter",
-        )
+        if given[name] not in neutral.get(name, ()):
+            raise unsupported(name)
     try:
         return msgspec.convert({name: given[name] for name in given.keys() & known}, kind)
     except (msgspec.ValidationError, RecursionError) as error:
         raise refused(str(error)) from None
 
 
+def unsupported(param: str) -> ApiError:
+    """The error for a field that is not supported, or not with this value."""
+    name = param if len(param) <= 64 else f"{param[:64]}..."
+    text = f"Unrecognized request argument supplied: {name}; it is not supported here"
+    return ApiError(400, text, param=name, code="unknown_parameter")
+
+
+def invalid(param: str, text: str) -> ApiError:
+    """The error for a field with a wrong value; `text` goes on after the field's name."""
+    return ApiError(400, f"{param}: {text}", param=param, code="invalid_value")
+
+
 def refused(text: str) -> ApiError:
     """The error for a value of a wrong type, from msgspec's sentence about it."""
-    found = _PATH.search(text)
-    if found is None:
-        missing = re.search(r"missing required field `(.*?)`", text)
-        return ApiError(400, text, param=missing[1] if missing else None, code="invalid_value")
-    path = found[1]
-    missing = re.search(r"missing required field `(.*?)`", text)
-    if missing:
-        path = f"{path}.{missing[1]}"
-    return ApiError(400, f"{path}: {text[: found.start()]}", param=path, code="invalid_value")
+    found, missing = _PATH.search(text), _MISSING.search(text)
+    parts = [found[1] if found else "", missing[1] if missing else ""]
+    path = ".".join(filter(None, parts))
+    if not path:
+        return ApiError(400, text, code="invalid_value")
+    return invalid(path, text[: found.start()] if found else text)

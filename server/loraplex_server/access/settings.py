@@ -15,10 +15,19 @@ def require_coherent(settings: ServerSettings) -> None:
         raise ValueError("tls_client_ca needs tls_certificate")
     if settings.jwks and not settings.principals:
         raise ValueError("jwks needs principals, which say what the owner of a token may do")
+    if settings.gateway:
+        host, _ = gateway_address(settings.gateway)
+        if settings.tls_client_ca:
+            raise ValueError(
+                "gateway cannot be combined with tls_client_ca, since callers over HTTP show no "
+                "certificate; run loraplex-gateway by itself, with a certificate of its own"
+            )
+        if not settings.insecure:
+            _require_safe(settings, "gateway", host)
     if not settings.insecure:
-        for name in ("host", "manage_host"):
-            if name == "host" or settings.manage_host:  # an empty host is every address
-                _require_safe(settings, name)
+        _require_safe(settings, "host", settings.host)  # an empty host is every address
+        if settings.manage_host:
+            _require_safe(settings, "manage_host", settings.manage_host)
         if not (settings.public_metrics or is_loopback(settings.admin_host)):
             raise ValueError(
                 f"admin_host {settings.admin_host!r} can be reached from other machines, and "
@@ -27,8 +36,7 @@ def require_coherent(settings: ServerSettings) -> None:
             )
 
 
-def _require_safe(settings: ServerSettings, name: str) -> None:
-    host = getattr(settings, name)
+def _require_safe(settings: ServerSettings, name: str, host: str) -> None:
     if is_loopback(host):
         return
     lacking = []
@@ -41,6 +49,15 @@ def _require_safe(settings: ServerSettings, name: str) -> None:
             f"{name} {host!r} can be reached from other machines, and {' and '.join(lacking)}; "
             "set these, listen on 127.0.0.1, or allow it with --insecure"
         )
+
+
+def gateway_address(text: str) -> tuple[str, int]:
+    """The host and port of `HOST:PORT`. Raises ValueError."""
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not (colon and host and port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise ValueError(f"gateway {text!r} is no address; give HOST:PORT, such as 127.0.0.1:8000")
+    return host, int(port)
 
 
 def is_loopback(host: str) -> bool:

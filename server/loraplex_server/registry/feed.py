@@ -133,6 +133,7 @@ class AdapterFeed:
         self._catalogue: Catalogue | None = None
         self._by_digest: dict[str, list[Record]] = {}
         self._statuses: dict[str, AdapterStatus] = {}
+        self._residents: dict[View, int] = {}  # until the catalogue or the statuses change
         self._stale = asyncio.Event()
         self._reading = asyncio.Lock()
         self._follower: WatchedTask | None = None
@@ -167,8 +168,10 @@ class AdapterFeed:
         """Number of adapters on the device, of those that a view shows. Needs `followed`."""
         if self._catalogue is None:
             await self._refresh()
-        there = [each.digest for each in self._statuses.values() if each.state in ON_DEVICE]
-        return sum(bool(self._rows(digest, view)) for digest in there)
+        if view not in self._residents:
+            there = [each.digest for each in self._statuses.values() if each.state in ON_DEVICE]
+            self._residents[view] = sum(bool(self._rows(digest, view)) for digest in there)
+        return self._residents[view]
 
     async def table(self, watcher: Watcher) -> FeedTable:
         """All adapters now; the watcher gets every change after that."""
@@ -189,6 +192,7 @@ class AdapterFeed:
     def on_table(self, table: Sequence[AdapterStatus]) -> None:
         """Takes the engine's current table and publishes what changed since the last one."""
         before, self._statuses = self._statuses, {status.digest: status for status in table}
+        self._residents.clear()
         if not self._watchers:
             return
         views = self._views()
@@ -222,6 +226,7 @@ class AdapterFeed:
             self._stale.clear()
             new = await self._read()
             old, self._catalogue = self._catalogue, new
+            self._residents.clear()
             self._by_digest = {}
             for record in new.names.values():
                 self._by_digest.setdefault(record.digest, []).append(record)

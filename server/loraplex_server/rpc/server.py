@@ -118,6 +118,14 @@ class RpcServer:
             raise OSError(errno.EADDRINUSE, "is the port in use?")
         return Address(address.host, port)
 
+    def bind_socket(self, target: str) -> None:
+        """Listens on a Unix socket (`unix:PATH`) as on the first address. Raises OSError."""
+        try:
+            self._servers[0].add_insecure_port(target)
+        except RuntimeError:
+            path = target.removeprefix("unix:")
+            raise OSError(errno.EADDRNOTAVAIL, "cannot be bound", path) from None
+
     async def start(
         self,
         generation: GenerationService,

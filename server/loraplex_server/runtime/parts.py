@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Store, UploadBounds
 
 from loraplex_server.access.audit_log.file import AuditFile
@@ -14,7 +15,7 @@ from loraplex_server.config import Config
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.group.group import EngineGroup, members
 from loraplex_server.engine.group.shedding import HostShedding
-from loraplex_server.engine.messages import ModelInfo
+from loraplex_server.engine.messages import Hello, ModelInfo
 from loraplex_server.engine.process.child import SpawnedEngine
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.exits import ServerExit
@@ -93,6 +94,17 @@ def memory_pressure_of(
     limit = int(config.memory_limit) or default_limit()
     shedding = HostShedding(lambda: members(engine()))
     return MemoryPressure(limit, used_bytes, shedding, series, give_back)
+
+
+def adapter_limits_of(config: Config, hello: Hello, context: int) -> AdapterLimits:
+    """What adapters may need on the engine that `hello` describes."""
+    return AdapterLimits(
+        max_rank=config.max_rank,
+        max_weights_bytes=int(config.max_adapter_file),
+        max_device_bytes=hello.adapter_budget_bytes,
+        max_virtual_tokens=config.adapter_virtual_tokens,
+        max_context=context,
+    )
 
 
 def announce(engine: Engine, where: str, seconds: float) -> None:

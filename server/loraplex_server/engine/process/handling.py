@@ -14,13 +14,12 @@ from loraplex_server.engine.messages import (
     Control,
     ControlDone,
     LimitHost,
-    Look,
     Shutdown,
     Submit,
     ToEngine,
     Unload,
 )
-from loraplex_server.engine.statistics import BatchView
+from loraplex_server.engine.statistics import BatchView, Look
 
 FAR_SECONDS: Final = 366 * 86_400.0
 """Longest distance of a deadline in seconds. Timers and queues refuse waits of some centuries."""

@@ -1,0 +1,1 @@
+"""`/v1/completions`: prompts are continued, whole or in parts."""

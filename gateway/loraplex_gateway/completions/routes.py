@@ -1,0 +1,116 @@
+"""The route of text completions."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from loraplex import AsyncClient, Completion, Started
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from loraplex_gateway.completions.parts import Echoed, Parts, echoed
+from loraplex_gateway.completions.request import (
+    COMPLETION_PARAMS,
+    CompletionRequest,
+    Prompt,
+    completion_options,
+    prompts_of,
+)
+from loraplex_gateway.completions.stream import CompletionStream
+from loraplex_gateway.context import Context
+from loraplex_gateway.generation.answers import Head, merged, usage
+from loraplex_gateway.generation.samples import Call, samples_of
+from loraplex_gateway.generation.target import head_of, target
+from loraplex_gateway.tokens.texts import VocabularyTexts
+from loraplex_gateway.wire.bodies import read
+from loraplex_gateway.wire.events import EventStream, unless_gone
+from loraplex_gateway.wire.merging import all_of
+from loraplex_gateway.wire.replies import reply
+
+AT_ONCE: Final = 64
+"""Prompts of one request that are at the server at a time."""
+
+
+def routes(context: Context) -> list[BaseRoute]:
+    """The route of text completions."""
+    texts = VocabularyTexts()
+
+    async def complete(request: Request) -> Response:
+        client = context.client_for(request)
+        body = await read(request, CompletionRequest, context.settings.max_body_bytes)
+        prompts = prompts_of(body)
+        options = completion_options(body)
+        who = await target(context, client, request, body)
+        head = await head_of(context, client, request, body)
+        base = await context.ids.base(client)
+        if body.add_special_tokens is False:
+            prompts = [await texts.plain_tokens(client, each) for each in prompts]
+        calls = _calls(client, body, head, prompts, merged(options, who))
+
+        async def echo_of(index: int, answer: Completion | Started) -> Echoed:
+            return await echoed(client, texts, base, body, prompts[index], answer)
+
+        if body.stream:
+            stream = CompletionStream(body, head, calls)
+            return EventStream(stream.events(echo_of), stream.headers)
+        completions = await unless_gone(request, _all(calls))
+        echoes = [await echo_of(i, each) for i, each in enumerate(completions)]
+        found = _answer(body, head, completions, echoes)
+        return reply(found, head.headers(completions[0].adapters))
+
+    return [Route("/v1/completions", complete, methods=["POST"])]
+
+
+def _calls(
+    client: AsyncClient,
+    body: CompletionRequest,
+    head: Head,
+    prompts: list[Prompt],
+    options: dict[str, Any],
+) -> list[Call]:
+    """One call for each prompt; only with several have they ids that differ."""
+    calls = []
+    for i, prompt in enumerate(prompts):
+        name = head.request_id if len(prompts) == 1 else f"{head.request_id[:120]}-{i}"
+        given: dict[str, Any] = {**options, "request_id": name}
+        if isinstance(prompt, str):
+            given["prompt"] = prompt
+        else:
+            given["token_ids"] = prompt
+        calls.append(Call(client, body.model, COMPLETION_PARAMS, **given))
+    return calls
+
+
+async def _all(calls: list[Call]) -> list[Completion]:
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def one(call: Call) -> Completion:
+        async with places:
+            return await call.completion()
+
+    if len(calls) == 1:
+        return [await calls[0].completion()]
+    return await all_of([asyncio.ensure_future(one(call)) for call in calls])
+
+
+def _answer(
+    body: CompletionRequest, head: Head, completions: list[Completion], echoes: list[Echoed]
+) -> dict[str, Any]:
+    choices = []
+    generated = 0
+    for completion, echo in zip(completions, echoes, strict=True):
+        for sample in samples_of(completion):
+            part = Parts(body, len(choices))
+            choices.append(part.whole(echo, completion, sample))
+            generated += sample.usage.completion_tokens
+    return {
+        **head.body("text_completion", "cmpl"),
+        "choices": choices,
+        "usage": usage(
+            sum(each.usage.prompt_tokens for each in completions),
+            generated,
+            sum(each.usage.cached_prompt_tokens for each in completions),
+        ),
+    }

@@ -1,0 +1,49 @@
+/** Streams of the server that a view follows for as long as it is shown. */
+
+import { useEffect, useRef, useState } from "./html.js";
+
+const AGAIN_SECONDS = 2;
+
+/**
+ * Follows a stream, and opens it again whenever it ends.
+ *
+ * @template T
+ * @param {((signal: AbortSignal) => AsyncIterable<T>) | null} open null follows nothing
+ * @param {(value: T) => void} take gets every value
+ * @param {unknown[]} inputs the stream is opened anew when one of them changes
+ * @returns {{connected: boolean, error: Error | null}}
+ */
+export function useStream(open, take, inputs) {
+  const [state, setState] = useState({ connected: false, error: null });
+  const latest = useRef(take);
+  latest.current = take;
+
+  useEffect(() => {
+    if (!open) return undefined;
+    const control = new AbortController();
+    let timer = 0;
+    const follow = async () => {
+      let error = null;
+      let connected = false;
+      try {
+        for await (const value of open(control.signal)) {
+          if (!connected) setState({ connected: true, error: null });
+          connected = true;
+          latest.current(value);
+        }
+      } catch (failure) {
+        error = failure;
+      }
+      if (control.signal.aborted) return;
+      setState({ connected: false, error });
+      timer = setTimeout(follow, 1000 * AGAIN_SECONDS);
+    };
+    follow();
+    return () => {
+      control.abort();
+      clearTimeout(timer);
+    };
+  }, inputs);
+
+  return state;
+}

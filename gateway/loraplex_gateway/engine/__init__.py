@@ -1,0 +1,1 @@
+"""What the server's engine computes at present."""

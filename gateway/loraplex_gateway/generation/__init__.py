@@ -1,0 +1,1 @@
+"""What all ways of asking for a completion share: sampling, structure, usage, log-probabilities."""

@@ -1,0 +1,120 @@
+"""Runs the application: listens, says that it is ready, and ends well on a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Callable, Iterator
+from enum import IntEnum
+from typing import Final
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from loraplex_gateway.settings import GatewaySettings, SettingsError
+
+BACKLOG: Final = 1024
+KEEP_ALIVE_SECONDS: Final = 75
+"""Seconds that a connection without a request stays open: longer than most proxies keep theirs."""
+
+log = logging.getLogger(__name__)
+
+
+class GatewayExit(IntEnum):
+    """Exit code of `loraplex-gateway`. Death by signal n is 128 + n, as in a shell."""
+
+    OK = 0
+    BAD_SETTINGS = 2
+    PORT_IN_USE = 3
+
+
+class CannotListen(Exception):
+    """The address cannot be listened on; the text says which, and why."""
+
+
+def listen(settings: GatewaySettings) -> socket.socket:
+    """A socket that listens on the address of the settings. Raises CannotListen."""
+    where = address(settings.host, settings.port)
+    try:
+        family, _, _, _, place = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(place)
+            found.listen(BACKLOG)
+        except BaseException:
+            found.close()
+            raise
+    except OSError as error:
+        raise CannotListen(f"cannot listen on {where}: {error.strerror or error}") from error
+    return found
+
+
+def address(host: str, port: int) -> str:
+    """HOST:PORT, with brackets around a host of IPv6."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def serve(
+    app: ASGIApp, settings: GatewaySettings, listening: socket.socket, ready: Callable[[str], None]
+) -> None:
+    """Serves until SIGTERM or SIGINT, and then until running requests have ended.
+
+    They have `drain_seconds`; a second signal ends the process at once. `ready` is called with
+    HOST:PORT once requests are answered. Raises SettingsError for files of TLS.
+    """
+    config = uvicorn.Config(
+        app,
+        ssl_certfile=settings.certificate,
+        ssl_keyfile=settings.private_key,
+        access_log=False,  # a path may hold the name of another tenant's adapter
+        log_config=None,
+        server_header=False,
+        date_header=False,
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=round(settings.drain_seconds),
+        backlog=BACKLOG,
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(f"certificate, private_key: cannot be used: {error}") from None
+    server = _Server(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.stop, number)
+    saying = asyncio.create_task(_say(server, address(*listening.getsockname()[:2]), ready))
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        saying.cancel()
+
+
+async def _say(server: uvicorn.Server, where: str, ready: Callable[[str], None]) -> None:
+    while not server.started:  # noqa: ASYNC110 - the server sets no event
+        await asyncio.sleep(0.005)
+    ready(where)
+
+
+class _Server(uvicorn.Server):
+    """A server whose signals are handled outside, so that a drained one exits with code 0."""
+
+    def stop(self, number: int) -> None:
+        """Begins to drain; at the second signal the process ends."""
+        if self.should_exit:
+            sys.exit(128 + number)
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

@@ -1,0 +1,1 @@
+"""Texts and tokens: `/tokenize`, `/detokenize`, `/tokenizer_info`."""

@@ -1,0 +1,1 @@
+"""Programs that others wrote, unmodified, and a gateway that they speak to: make test-clients."""

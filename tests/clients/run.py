@@ -1,0 +1,185 @@
+"""Runs the examples of docs/clients.md, and proofs for some of the clients: make test-clients
+
+    python tests/clients/run.py [NAME ...] [--flagged]
+
+Starts its own server of the default model, with a gateway and the adapter `pirate`, and stops it.
+Each client has an environment below `var/clients`, made at its first run. The last line of output
+is one JSON object: how many clients were run and passed, which were skipped and why, and the
+largest difference between a log-likelihood that lm-eval read from the gateway and that of
+transformers with PEFT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
+
+import base  # noqa: E402
+from loraplex import Client  # noqa: E402
+from served import Server, ServerError, exit_on_sigterm  # noqa: E402
+
+from clients import environments, lm_eval_results  # noqa: E402
+from clients.documents import Example, examples  # noqa: E402
+from clients.environments import CannotInstall  # noqa: E402
+
+ADAPTERS = ROOT / "examples" / "adapters"
+PROOFS = Path(__file__).parent / "proofs"
+SECONDS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """The addresses of a server and its gateway, as host:port."""
+
+    http: str
+    grpc: str
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    exit_on_sigterm()
+    chosen = [
+        each
+        for each in examples(ROOT / "docs" / "clients.md")
+        if (each.name in args.names if args.names else args.flagged or not each.flagged)
+    ]
+    skipped, failed, passed = {}, [], []
+    difference: float | None = None
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        work = Path(folder)
+        try:
+            with served(work, args.cache) as gateway:
+                for each in chosen:
+                    began = time.monotonic()
+                    try:
+                        place = environments.prepared(each, args.work)
+                        text = run(each, place, gateway, work)
+                    except CannotInstall as error:
+                        skipped[each.name] = "cannot be installed"
+                        print(f"skipped: {each.name}: {error}", flush=True)
+                        continue
+                    except Failed as error:
+                        failed.append(each.name)
+                        print(f"FAILED: {each.name}: {error}", flush=True)
+                        continue
+                    if each.name == "lm-eval":
+                        difference = lm_eval_results.largest_difference(
+                            work / each.name / "results", base.ensure(), ADAPTERS / "pirate"
+                        )
+                    passed.append(each.name)
+                    last = text.strip().splitlines()[-1][:100] if text.strip() else ""
+                    print(
+                        f"ok: {each.name} in {time.monotonic() - began:.0f} s: {last}", flush=True
+                    )
+        except ServerError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    result = {
+        "clients": len(chosen),
+        "passed": len(passed),
+        "failed": failed,
+        "skipped": skipped,
+        "lm_eval_max_difference": difference,
+    }
+    print(json.dumps(result))
+    return 1 if failed or skipped else 0
+
+
+class Failed(Exception):
+    """A client's program failed; the text is the end of what it printed."""
+
+
+@contextmanager
+def served(work: Path, cache: Path) -> Iterator[Gateway]:
+    """A server with a gateway and the adapter `pirate`, in float32, which proofs compare."""
+    settings = {
+        "cache": cache,
+        "store": work / "store",
+        "import_root": ADAPTERS,
+        "dtype": "float32",
+        "reflection": "true",
+        "gateway": "127.0.0.1:0",
+    }
+    with Server(settings, work / "server.log") as server:
+        with Client(server.address) as client:
+            client.register_adapter("pirate", "pirate", load=True)
+        yield Gateway(server.gateway, server.address)
+
+
+def run(example: Example, place: Path, gateway: Gateway, work: Path) -> str:
+    """Runs an example and its proof, if there is one. Returns the output. Raises Failed."""
+    folder = work / example.name
+    folder.mkdir()
+    (folder / "proto").symlink_to(ROOT / "proto")
+    endings = {"python": "py", "js": "mjs", "sh": "sh"}
+    script = folder / f"example.{endings[example.language]}"
+    script.write_text(example.at(gateway.http, gateway.grpc), "utf-8")
+    if example.language == "js":
+        (folder / "node_modules").symlink_to(place / "node_modules")
+    text = finished(environments.command(example, place, script), place, folder)
+    for proof in sorted(PROOFS.glob(f"{example.name}.*")):
+        copy = folder / f"proof_{proof.name}"
+        shutil.copy(proof, copy)
+        words = environments.command(example, place, copy)
+        words += [f"http://{gateway.http}/v1", str(ROOT / "gateway" / "openapi.yaml")]
+        text += finished(words, place, folder)
+    return text
+
+
+def finished(words: list[str], place: Path, folder: Path) -> str:
+    """What a program printed. Raises Failed if it failed or printed nothing."""
+    log = folder / "output.log"
+    with log.open("w+") as output:
+        process = subprocess.Popen(
+            words,
+            cwd=folder,
+            env=environments.variables(place),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            code = -1
+        output.seek(0)
+        text = output.read()
+    if code or not text.strip():
+        raise Failed(f"exit status {code}: {text[-2500:]}")
+    return text
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Run programs that others wrote against a server with its gateway."
+    )
+    parser.add_argument("names", nargs="*", help="only these clients (all that are not by flag)")
+    parser.add_argument("--flagged", action="store_true", help="also those with large environments")
+    parser.add_argument("--cache", type=Path, default=Path("var/cache"), help="cache of the server")
+    parser.add_argument(
+        "--work", type=Path, default=Path("var/clients"), help="where the environments are"
+    )
+    args = parser.parse_args(argv)
+    args.work = args.work.resolve()
+    args.work.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

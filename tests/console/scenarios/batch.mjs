@@ -1,0 +1,45 @@
+/** The live batch. */
+
+import assert from "node:assert/strict";
+
+export const seeing = {
+  name: "the batch shows the rows of each adapter while they run, and the memory",
+  async run({ console: view, browser, ConsolePage, base, adapters }) {
+    const { page } = view;
+    await view.go("batch");
+    await page.getByText("No request runs or waits").waitFor();
+    const other = await ConsolePage.open(browser, view.url);
+    await other.go();
+    await other.choose("A", base);
+    await other.choose("B", adapters[1]);
+    await other.page.getByLabel("Max tokens").fill("400");
+    await other.page.getByLabel("Message", { exact: true }).fill("A long story");
+    await other.button("Run Ctrl ↵").click();
+    const now = page.getByRole("region", { name: "The batch now" });
+    await now.getByRole("rowheader", { name: "Base model" }).waitFor();
+    await now.getByRole("rowheader", { name: new RegExp(`^${adapters[1]}@`) }).waitFor();
+    await other.close(); // which ends its requests
+    await page.getByText("No request runs or waits").waitFor();
+    await page.getByRole("region", { name: "Memory" }).getByText(adapters[1]).first().waitFor();
+    const chart = page.getByRole("img", { name: /Rows of the batch over the last minute/ });
+    assert.equal(await chart.locator("canvas").count(), 1);
+  },
+};
+
+export const pausing = {
+  name: "pause keeps the picture, continue goes on",
+  async run({ console: view }) {
+    const { page } = view;
+    const watches = () =>
+      view.requests.filter((request) => request.url().includes("/v1/engine/watch"));
+    await view.go("batch");
+    await page.locator(".tiles.large").waitFor();
+    await view.button("Pause").click();
+    await view.button("Continue").waitFor();
+    const before = watches().length;
+    await page.locator(".tiles.large").waitFor();
+    await view.button("Continue").click();
+    await view.button("Pause").waitFor();
+    assert.equal(watches().length, before + 1);
+  },
+};
