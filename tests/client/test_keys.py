@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,19 @@ def refusing() -> Iterator[Refusing]:
     server.stop()
 
 
+async def pieces() -> AsyncIterator[bytes]:
+    yield b"{}"
+
+
 def calls(client: Any, folder: Path) -> Iterator[tuple[str, Any]]:
     """Every call of a client, with arguments that it accepts; each is started when taken."""
-    given = {"folder": folder, "messages": [{"role": "user", "content": "x"}], "token_ids": [1]}
+    given = {
+        "folder": folder,
+        "messages": [{"role": "user", "content": "x"}],
+        "data": b"{}",
+        "pieces": pieces(),
+        "token_ids": [1],
+    }
     for owner in (client, client.training):
         for name, method in inspect.getmembers(owner, inspect.ismethod):
             if name.startswith("_") or name in ("close", "health", "for_caller"):
@@ -96,7 +106,7 @@ def calls(client: Any, folder: Path) -> Iterator[tuple[str, Any]]:
                 and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
             ]
             if name == "create":
-                needed.append(b'{"text": "x"}')
+                needed.append(given["data"])
             elif name in ("generate", "stream", "validate_adapter"):
                 needed.append("x")
             elif name == "embed":

@@ -17,7 +17,7 @@ from loraplex_server.training.history import file as module
 from loraplex_server.training.history.events import JobEventRecord, SampleRecord, SamplesRecord
 from loraplex_server.training.history.file import EventFile, thinned
 from loraplex_server.training.jobs import EvaluationRecord, ProgressRecord, State
-from rpc.harness import refusal
+from rpc.harness import refusal, until
 from rpc.tenants import tenant, tenants
 from rpc.training_jobs import Training, order, settings, training
 
@@ -141,6 +141,22 @@ async def test_a_restart_continues_the_history_and_repeats_no_step(tmp_path: Pat
     ]  # fmt: skip
     numbers = [event.number for event in found]
     assert numbers == sorted(set(numbers))
+
+
+async def test_a_job_that_begins_again_repeats_nothing(tmp_path: Path) -> None:
+    async with training(tmp_path) as trains:
+        job = await trains.create("sample hi", "eval 0.5", "hold", "step 1", name="again")
+        path = trains.folder(job) / "events.jsonl"
+        await until(lambda: path.exists() and b"evaluation" in path.read_bytes())
+    for checkpoint in (tmp_path / "training" / job.job_id / "run" / "checkpoints").iterdir():
+        checkpoint.rmdir()
+    (tmp_path / "training" / job.job_id / "release").touch()
+    async with training(tmp_path) as trains:
+        await trains.ended(job)
+        found = [short(event) for event in await events(trains.stub, job)]
+    assert found.count("samples 0") == 1
+    assert found.count("evaluation 0") == 1
+    assert found.count("running") == 2
 
 
 async def test_a_job_with_many_events_keeps_its_bound(

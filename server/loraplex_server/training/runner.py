@@ -149,6 +149,8 @@ class Runner:
         if self._halt is not None:
             return -1, False
         command = await self._trainer.lane.run(self._trainer.command, self.job, self._folder)
+        if self._trainer.begins(command):
+            await self._history.rewind(-1)
         try:
             child = await self._trainer.start(command, self._folder / LOG)
         except OSError as error:

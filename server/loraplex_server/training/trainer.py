@@ -161,6 +161,10 @@ class Trainer:
             shutil.rmtree(run)
         return [*self.program, "run", "--config", str(folder / CONFIG), "--events", "-"]
 
+    def begins(self, command: Sequence[str]) -> bool:
+        """Returns whether a command of `command` begins a job instead of continuing it."""
+        return command[len(self.program)] == "run"
+
     async def start(self, command: Sequence[str], log: Path) -> Child:
         """Starts a command; its standard error is appended to `log`. Raises OSError."""
         variables = {**self.environment, "OMP_NUM_THREADS": str(self.threads)}

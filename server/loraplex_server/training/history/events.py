@@ -43,9 +43,9 @@ class JobEventRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     samples: SamplesRecord | None = None
 
     @property
-    def step(self) -> int:
-        """The step after which a trainer that continues repeats the event; 0 for no trainer's."""
+    def step(self) -> int | None:
+        """The step after which the trainer has reported the event; None if it has not."""
         for part in (self.progress, self.evaluation, self.samples):
             if part is not None:
                 return part.step
-        return 0
+        return None

@@ -62,7 +62,7 @@ class EventFile:
     def rewind(self, step: int) -> None:
         """Removes the trainer's events after `step`, which it is about to repeat."""
         found = list(self.read())
-        kept = [event for event in found if event.step <= step]
+        kept = [event for event in found if event.step is None or event.step <= step]
         if len(kept) < len(found):
             self._rewrite(kept)
 
