@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 from gateway.harness import Web, web
 from loraplex_gateway.app import build
-from loraplex_gateway.settings import Settings
+from loraplex_gateway.settings import GatewaySettings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -85,5 +85,5 @@ async def test_nothing_but_the_console_is_served(page: Web, path: str) -> None:
 
 
 async def test_there_is_no_console_where_the_operator_wants_none() -> None:
-    paths = {getattr(route, "path", "") for route in build(Settings(console=False)).routes}
+    paths = {getattr(route, "path", "") for route in build(GatewaySettings(console=False)).routes}
     assert not {path for path in paths if path == "/" or path.startswith("/console")}

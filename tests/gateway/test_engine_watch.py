@@ -71,16 +71,11 @@ async def test_requests_are_counted_by_adapter_and_gone_when_they_end(tmp_path: 
 
 
 async def test_another_principals_requests_are_one_entry_without_a_name(tmp_path: Path) -> None:
-    known = [
-        principal(OPS),
-        principal("red", adapters="team=red"),
-        principal("blind", [Role.INFER]),
-    ]
+    red, blind = principal("red", adapters="team=red"), principal("blind", [Role.INFER])
+    callers = Callers(principal(OPS), red, blind)
     with pytest.MonkeyPatch.context() as patch:
         async with (
-            guarded(
-                tmp_path, patch, Callers(principal(OPS), red, blind), engine_options=SLOW
-            ) as up,
+            guarded(tmp_path, patch, callers, engine_options=SLOW) as up,
             web(str(up.server.address)) as found,
         ):
             await register(up, OPS, "secret-name", 1)
