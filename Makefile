@@ -32,7 +32,7 @@ SOAK_DURATION = $(if $(filter command line,$(origin DURATION)),$(DURATION),300)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prometheus demo serve train-adapter test check-observability test-seams test-security test-field test-families test-clients check-deploy deploy-rules try-ray test-real test-skew test-sanitized test-triton test-gpu fuzz lint house proto \
+.PHONY: help setup model prometheus demo console serve train-adapter test check-observability test-seams test-security test-console test-field test-families test-clients check-deploy deploy-rules try-ray test-real test-skew test-sanitized test-triton test-gpu fuzz lint house proto \
         bench simulate-scale soak bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-auth bench-gateway bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
         lock audit sbom clean distclean
 
@@ -69,6 +69,9 @@ prometheus: ## Find Prometheus, or unpack Debian's package into var/tools (one t
 demo: setup model ## Start a server, stream answers of the base and two adapters from one batch, check them, stop
 	$(BIN)/python examples/demo.py
 
+console: setup model ## Serve the web console on the demo's server and adapters until Ctrl-C (ARGS='--port 8000')
+	@$(BIN)/python examples/console.py $(ARGS)
+
 serve: setup model ## Start the server with the default model (SERVE_ARGS='--port 50051 ...')
 	$(BIN)/loraplex-server serve $(SERVE_ARGS)
 
@@ -95,6 +98,9 @@ test-seams: setup model ## Run the tests of every fault in docs/faults.md, long 
 
 test-security: setup ## Call every method with every kind of credential on a real server (under a minute)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/security_tests.py $(ARGS)
+
+test-console: setup ## Use the web console in Chromium (Debian's; Node), with axe (3 minutes; ARGS=--real for a real server: 8)
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/console_tests.py $(ARGS)
 
 test-field: setup model ## Try templates, adapters and data of other programs on real servers and commands (about 3 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/field_tests.py $(ARGS)
