@@ -1,0 +1,117 @@
+"""From a form to the text of a grammar for llguidance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+from loraplex_server.forms.form import Form, FormKind
+
+MOST_NESTING: Final = 100
+"""Brackets within brackets. The library's own parsers are recursive."""
+
+MOST_SPACE: Final = 64
+"""White space in a row between the parts of a JSON text. Models repeat it without end."""
+
+_JSON_OPTIONS: Final[dict[str, Any]] = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{MOST_SPACE}}}",
+    "item_separator": ",",
+    "key_separator": ":",
+    "coerce_one_of": False,
+    "lenient": False,
+}
+"""Replace what a schema says in "x-guidance", the library's own keyword."""
+
+_ANY_OBJECT: Final = '{"type": "object"}'
+
+
+class FormInvalid(ValueError):
+    """The form is at fault. The message is for its sender."""
+
+
+def grammar_of(form: Form) -> str:
+    """The grammar of a form, not compiled yet. Raises FormInvalid."""
+    match form.kind:
+        case FormKind.JSON_SCHEMA:
+            return _schema(form.texts[0])
+        case FormKind.JSON_OBJECT:
+            return _schema(_ANY_OBJECT)
+        case FormKind.REGEX:
+            return _regex(form.texts[0])
+        case FormKind.CHOICES:
+            return _choices(form.texts)
+        case FormKind.GRAMMAR:
+            return _cfg(form.texts[0])
+
+
+def _schema(text: str) -> str:
+    from llguidance import LLMatcher
+
+    _require_shallow(text, has_classes=False)
+    text = "{}" if text.strip() == "true" else text
+    try:
+        return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
+    except ValueError as error:
+        raise FormInvalid(f"is not a JSON schema: {error}") from None
+
+
+def _regex(text: str) -> str:
+    from llguidance import LLMatcher
+
+    _require_shallow(text, has_classes=True)
+    return LLMatcher.grammar_from_regex(text)
+
+
+def _choices(texts: Sequence[str]) -> str:
+    # One terminal: its automaton is faster than a rule with as many alternatives.
+    listed = " | ".join(json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(texts))
+    return f"start: TEXT\nTEXT: {listed}\n"
+
+
+def _cfg(text: str) -> str:
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    _require_shallow(text, has_classes=True)
+    if text.lstrip().startswith("{"):
+        raise FormInvalid("is neither a Lark grammar nor one of llama.cpp (GBNF)")
+    if "::=" not in text:
+        return text
+    try:
+        return gbnf_to_lark(text)
+    except Exception as error:  # the converter raises bare exceptions, and RecursionError
+        raise FormInvalid(f"cannot be read as a grammar of llama.cpp (GBNF): {error}") from None
+
+
+def _require_shallow(text: str, has_classes: bool) -> None:
+    if nesting(text, has_classes) > MOST_NESTING:
+        raise FormInvalid(f"has more than {MOST_NESTING} brackets within each other")
+
+
+def nesting(text: str, has_classes: bool) -> int:
+    """How many brackets are open at once, at most; those in quotes and escaped ones do not count.
+
+    With `has_classes`, what is between square brackets is a class of characters.
+    """
+    depth = most = 0
+    is_quoted = is_escaped = in_class = False
+    for letter in text:
+        if is_escaped:
+            is_escaped = False
+        elif letter == "\\":
+            is_escaped = True
+        elif in_class:
+            in_class = letter != "]"
+        elif letter == '"':
+            is_quoted = not is_quoted
+        elif is_quoted:
+            continue
+        elif letter == "[" and has_classes:
+            in_class = True
+        elif letter in "([{":
+            depth += 1
+            most = max(most, depth)
+        elif letter in ")]}":
+            depth = max(0, depth - 1)
+    return most
