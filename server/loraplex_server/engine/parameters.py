@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 
@@ -29,3 +31,7 @@ class Structure(msgspec.Struct, frozen=True, omit_defaults=True):
     grammar: str
     is_json: bool = False
     end_token_ids: list[int] = []
+
+    def ending_with(self, tokens: Iterable[int]) -> Structure:
+        """The same with these end tokens."""
+        return msgspec.structs.replace(self, end_token_ids=list(tokens))

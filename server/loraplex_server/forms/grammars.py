@@ -50,7 +50,9 @@ def _schema(text: str) -> str:
     from llguidance import LLMatcher
 
     _require_shallow(text, has_classes=False)
-    text = "{}" if text.strip() == "true" else text
+    text = {"true": "{}", "false": ""}.get(text.strip(), text)
+    if not text:
+        raise FormInvalid("allows no value")
     try:
         return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
     except ValueError as error:

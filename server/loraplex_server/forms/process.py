@@ -5,10 +5,14 @@ msgpack after its length, 4 bytes, little-endian. The process ends with its stan
 
 A form is built exactly as the engine builds it, with a smaller stack, and its first mask is
 computed. So what passes here neither overflows the engine's stack nor takes it long.
+
+The first frame on standard output is empty and says that the process is ready. From then on nothing
+is written to standard error, where the library's messages could repeat texts of clients.
 """
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import threading
@@ -24,12 +28,15 @@ from loraplex_server.forms.grammars import FormInvalid, grammar_of
 
 STACK_BYTES = 8 << 20
 """An eighth of that of the engine's threads; see `engine.structures.workers`."""
+NICENESS = 5
+CHECK_BYTES = 2 << 30
+"""Address space of a process; the library itself needs a tenth of it."""
 MOST_SHOWN = 300
 """Characters of the library's message that a client gets."""
 
 
 class CheckSetup(msgspec.Struct, frozen=True):
-    """The tokenizer's file, the vocabulary of the logits, and the bytes that the process may use."""
+    """The tokenizer's file, the vocabulary of the logits, and the address space of the process."""
 
     tokenizer: str
     vocab_size: int
@@ -53,6 +60,12 @@ class Checks:
 
     def check(self, form: Form) -> CheckedForm:
         """The grammar of a form, or what is wrong with it."""
+        try:
+            return self._check(form)
+        except BaseException:  # the library's panics are no `Exception`
+            return CheckedForm(problem="cannot be compiled")
+
+    def _check(self, form: Form) -> CheckedForm:
         try:
             grammar = grammar_of(form)
         except FormInvalid as error:
@@ -79,6 +92,7 @@ def shown(error: str) -> str:
 def main() -> int:
     """Answers until standard input ends; returns the exit status."""
     setup = msgspec.json.decode(sys.argv[1], type=CheckSetup)
+    os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_AS, (setup.memory, setup.memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it would hold texts of clients
     threading.stack_size(STACK_BYTES)
@@ -99,6 +113,9 @@ def main() -> int:
 
 def serve(checks: Checks, source: BinaryIO, sink: BinaryIO) -> None:
     """Reads forms and writes their checks, until `source` ends."""
+    sink.write(framed(CheckedForm()))
+    sink.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     decoder = msgspec.msgpack.Decoder(Form)
     while len(head := source.read(4)) == 4:
         form = decoder.decode(source.read(int.from_bytes(head, "little")))

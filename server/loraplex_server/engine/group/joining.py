@@ -12,7 +12,7 @@ from loraplex_server.engine.messages import AdapterStatus, Hello, StepStats
 
 OF_THE_STEP: Final = (
     "step", "step_seconds", "decode_rows", "prefill_tokens", "distinct_adapters", "base_rows",
-    "merged_rows",
+    "merged_rows", "mask_seconds",
 )  # fmt: skip
 """Statistics of one step, which stay those of its engine."""
 
@@ -29,7 +29,9 @@ COUNTED: Final = (
 )  # fmt: skip
 """Numbers since an engine started; together they also count those of lost engines."""
 
-NOTHING: Final = StepStats(**dict.fromkeys((*OF_THE_STEP, *SUMMED, *COUNTED), 0))
+NOTHING: Final = StepStats(
+    **{**dict.fromkeys((*OF_THE_STEP, *SUMMED, *COUNTED), 0), "mask_seconds": []}
+)
 
 _STATES: Final = ("host", "loading", "draining", "resident")
 """States of an adapter, the one that decides what callers see last."""

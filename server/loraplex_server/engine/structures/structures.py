@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraplex_model.checkpoints.tokenizer import TOKENIZER
+
 from loraplex_server.engine.messages import Failure, ModelInfo, Structure
 from loraplex_server.engine.structures.constraint import Constraint
 from loraplex_server.engine.structures.library import new_matcher, read_tokenizer
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 THREADS = 2
 KEPT_MATCHERS = 32
 """Grammars whose matcher is kept for later requests with the same one."""
-TOKENIZER = "tokenizer.json"
 
 
 class Structures:

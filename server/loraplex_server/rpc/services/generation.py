@@ -24,13 +24,15 @@ from loraplex_server.access.rules import cache_salt
 from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import Failure, Logprobs, Output, SamplingParams, Submit
+from loraplex_server.engine.parameters import Structure
 from loraplex_server.fair_weights import account_of
+from loraplex_server.forms.checker import FormChecker
 from loraplex_server.logs import REQUEST_ID, note
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.texts import end_tokens
 from loraplex_server.rpc.calls.errors import TABLE, for_client, require
-from loraplex_server.rpc.messages import validate
+from loraplex_server.rpc.messages import structured, validate
 from loraplex_server.rpc.messages.completion import (
     FINISH_REASONS,
     CompletionBuilder,
@@ -70,6 +72,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     metrics: Metrics
     bounds: validate.ModelBounds
     stream_writes: int
+    forms: FormChecker
     max_priority: int = MAX_PRIORITY
     ids: Iterator[int] = field(default_factory=itertools.count)
 
@@ -128,6 +131,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 room = room_beside(adapters, self.bounds.max_context)
                 prompt = await self._prompt(request, adapters, field_path, room)
                 require(validate.scores(request, len(prompt), field_path))
+                structure = await structured.ask(request, self.forms, field_path)
                 allowance.prompt(len(prompt))
                 ticket.wait(len(prompt))
                 call = _Call(
@@ -141,6 +145,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     max_priority=self.max_priority,
                     principal=principal,
                     allowance=allowance,
+                    structure=structure,
                 )
                 with self.metrics.generation(call.names):
                     async with aclosing(self._run(call, ticket, times)) as events:
@@ -308,6 +313,7 @@ class _Call:
     max_priority: int
     principal: Principal
     allowance: Allowance
+    structure: Structure | None = None
 
     @property
     def names(self) -> list[str]:
@@ -323,6 +329,8 @@ class _Call:
         """Path of the request's field that a failure is about."""
         if failure.reason == Reason.PROMPT_TOO_LONG.name:
             return self.field_path + (self.request.WhichOneof("input") or "input")
+        if failure.reason == Reason.STRUCTURE_FAILED.name:
+            return self.field_path + structured.FIELD
         return self.field_path + ("adapter_id" if self.request.adapter_id else "mix")
 
     def submit(self, request_id: int, bounds: validate.ModelBounds) -> Submit:
@@ -346,6 +354,7 @@ class _Call:
             weight=self.principal.weight,
             cache_salt=cache_salt(self.principal, request.cache_salt),
             request_id=REQUEST_ID.get(),
+            structure=self.structure.ending_with(ends) if self.structure else None,
         )
 
 
