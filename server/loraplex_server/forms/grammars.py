@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from loraplex_server.forms.form import Form, FormKind
+
+if TYPE_CHECKING:
+    from llguidance import JsonCompileOptions
 
 MOST_NESTING: Final = 100
 """Brackets within brackets. The library's own parsers are recursive."""
@@ -14,7 +18,7 @@ MOST_NESTING: Final = 100
 MOST_SPACE: Final = 64
 """White space in a row between the parts of a JSON text. Models repeat it without end."""
 
-_JSON_OPTIONS: Final[dict[str, Any]] = {
+_JSON_OPTIONS: Final[JsonCompileOptions] = {
     "whitespace_flexible": True,
     "whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{MOST_SPACE}}}",
     "item_separator": ",",
@@ -23,6 +27,9 @@ _JSON_OPTIONS: Final[dict[str, Any]] = {
     "lenient": False,
 }
 """Replace what a schema says in "x-guidance", the library's own keyword."""
+
+MOST_DIGITS: Final = 20
+"""Characters of a whole number of 64 bits with its sign."""
 
 _ANY_OBJECT: Final = '{"type": "object"}'
 
@@ -50,13 +57,40 @@ def _schema(text: str) -> str:
     from llguidance import LLMatcher
 
     _require_shallow(text, has_classes=False)
-    text = {"true": "{}", "false": ""}.get(text.strip(), text)
-    if not text:
-        raise FormInvalid("allows no value")
     try:
-        return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
+        schema = json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=_constant)
+    except FormInvalid:
+        raise
+    except ValueError as error:
+        raise FormInvalid(f"is not JSON: {error}") from None
+    if schema is False:
+        raise FormInvalid("allows no value")
+    if schema is not True and not isinstance(schema, dict):
+        raise FormInvalid("is not a JSON schema: it must be an object")
+    try:
+        # The text itself is passed on, whose numbers keep their digits.
+        given = "{}" if schema is True else text
+        return LLMatcher.grammar_from_json_schema(given, overrides=_JSON_OPTIONS)
     except ValueError as error:
         raise FormInvalid(f"is not a JSON schema: {error}") from None
+
+
+def _integer(digits: str) -> int:
+    # The library reads a larger one as the largest that it knows.
+    if len(digits) > MOST_DIGITS or not -(1 << 63) <= int(digits) < 1 << 63:
+        raise FormInvalid("has a whole number beyond 64 bits, which cannot be enforced")
+    return int(digits)
+
+
+def _number(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise FormInvalid("has a number beyond the range of float64, which cannot be enforced")
+    return value
+
+
+def _constant(word: str) -> float:
+    raise FormInvalid(f"is not JSON: {word} is not a value")
 
 
 def _regex(text: str) -> str:

@@ -70,7 +70,7 @@ class Checks:
             grammar = grammar_of(form)
         except FormInvalid as error:
             return CheckedForm(problem=shown(str(error)))
-        matcher = new_matcher(self._tokenizer, grammar)
+        matcher = new_matcher(self._tokenizer, grammar, form.is_json)
         if matcher.is_error():
             return CheckedForm(problem=shown(matcher.get_error()))
         matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)

@@ -21,6 +21,11 @@ STEP_LEXER_FUEL = 200_000
 """Most work on lexemes for one mask: some 15 ms."""
 STEP_ITEMS = 50_000
 """Most items of the parser for one mask or token."""
+ROW_ITEMS = 500
+JSON_ROW_ITEMS = 2000
+"""Most items of the parser at once, of a grammar and of a JSON schema. An ambiguous grammar costs
+as much as their square for every token; a schema has four for each property that may be left out.
+"""
 LEXER_STATES = 100_000
 """Most states of a grammar's lexer, of up to 2 KB each."""
 
@@ -41,7 +46,7 @@ def read_tokenizer(path: Path, vocab_size: int, eos_token_ids: Sequence[int] = (
     )
 
 
-def new_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
+def new_matcher(tokenizer: LLTokenizer, grammar: str, is_json: bool) -> LLMatcher:
     """A matcher at the beginning of a text. If the grammar is at fault, the matcher is in error.
 
     Takes up to a second for a grammar of many thousand parts, without the interpreter's lock.
@@ -49,6 +54,7 @@ def new_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
     from llguidance import LLMatcher, LLParserLimits
 
     limits = LLParserLimits(
+        max_items_in_row=JSON_ROW_ITEMS if is_json else ROW_ITEMS,
         step_lexer_fuel=STEP_LEXER_FUEL,
         step_max_items=STEP_ITEMS,
         max_lexer_states=LEXER_STATES,

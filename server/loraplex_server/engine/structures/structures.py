@@ -89,7 +89,7 @@ class Structures:
     def _start(self, constraint: Constraint, structure: Structure) -> None:
         def build() -> tuple[LLMatcher, NumeralGuard | None]:
             guard = NumeralGuard(self._all_spellings()) if structure.is_json else None
-            return self._matcher(structure.grammar), guard
+            return self._matcher(structure), guard
 
         constraint.start(build)
         if constraint.failure is not None:
@@ -105,14 +105,15 @@ class Structures:
         with self._lock:
             self._kept.pop(structure.grammar, None)
 
-    def _matcher(self, grammar: str) -> LLMatcher:
+    def _matcher(self, structure: Structure) -> LLMatcher:
         """A matcher of its own for a request."""
+        grammar = structure.grammar
         with self._lock:
             kept = self._kept.get(grammar)
             if kept is not None:
                 self._kept.move_to_end(grammar)
                 return kept.deep_copy()
-        made = new_matcher(self._all_tokens(), grammar)
+        made = new_matcher(self._all_tokens(), grammar, structure.is_json)
         if not made.is_error():
             with self._lock:
                 self._kept[grammar] = made.deep_copy()
