@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from loraplex_server.forms.form import Form, FormKind
+from loraplex_server.forms.unions import with_tagged_unions
 
 if TYPE_CHECKING:
     from llguidance import JsonCompileOptions
@@ -67,9 +68,11 @@ def _schema(text: str) -> str:
         raise FormInvalid("allows no value")
     if schema is not True and not isinstance(schema, dict):
         raise FormInvalid("is not a JSON schema: it must be an object")
+    schema, is_changed = with_tagged_unions(schema)
     try:
-        # The text itself is passed on, whose numbers keep their digits.
-        given = "{}" if schema is True else text
+        # Unless it was changed, the text itself is passed on, whose numbers keep their digits.
+        given = json.dumps(schema, ensure_ascii=False) if is_changed else text
+        given = "{}" if schema is True else given
         return LLMatcher.grammar_from_json_schema(given, overrides=_JSON_OPTIONS)
     except ValueError as error:
         raise FormInvalid(f"is not a JSON schema: {error}") from None

@@ -31,6 +31,10 @@ STACK_BYTES = 8 << 20
 NICENESS = 5
 CHECK_BYTES = 2 << 30
 """Address space of a process; the library itself needs a tenth of it."""
+ONE_OF = (
+    "oneOf can be enforced only if its branches have different types or constants, or demand a "
+    "property of which they list different texts; use anyOf instead"
+)
 MOST_SHOWN = 300
 """Characters of the library's message that a client gets."""
 
@@ -74,7 +78,7 @@ class Checks:
         if matcher.is_error():
             return CheckedForm(problem=shown(matcher.get_error()))
         matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
-        if matcher.stop_reason() == "NoExtensionBias":
+        if "NoExtensionBias" in matcher.get_error():
             return CheckedForm(problem="allows no text")
         if matcher.is_error():
             return CheckedForm(problem=f"is too complex: {shown(matcher.get_error())}")
@@ -84,8 +88,15 @@ class Checks:
 
 
 def shown(error: str) -> str:
-    """What a client is told of the library's message: its first line, shortened."""
-    line = error.partition("\n")[0].strip()
+    """What a client is told of the library's message: its first line, shortened.
+
+    The first line of an error in a regular expression is without the error itself.
+    """
+    if "Enable 'coerce_one_of'" in error:
+        return ONE_OF
+    lines = [line.strip() for line in error.splitlines()] or [""]
+    reasons = [line for line in lines[1:] if line.startswith("error: ")]
+    line = " ".join([lines[0], *reasons[:1]]) if lines[0].endswith(":") else lines[0]
     return line if len(line) <= MOST_SHOWN else line[: MOST_SHOWN - 1] + "…"
 
 

@@ -143,7 +143,7 @@ class Constraint:
     @staticmethod
     def _reason(matcher: LLMatcher) -> Failure:
         """Of the library's message only whether a limit was reached: it may quote the grammar."""
-        return NO_TOKEN if matcher.stop_reason() == "NoExtensionBias" else LIMIT
+        return NO_TOKEN if "NoExtensionBias" in matcher.get_error() else LIMIT
 
     def _fail(self, failure: Failure) -> None:
         self.failure, self.ready = failure, True
