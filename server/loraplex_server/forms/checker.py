@@ -45,7 +45,6 @@ class FormChecker:
             self._free.put_nowait(process)
         self._seconds = seconds
         self._series = series
-        self._waiting = 0
         self._running: dict[bytes, asyncio.Task[CheckedForm]] = {}
         self._kept: OrderedDict[bytes, tuple[CheckedForm, float]] = OrderedDict()
         self._kept_bytes = 0
@@ -71,7 +70,7 @@ class FormChecker:
             return found
         task = self._running.get(digest)
         if task is None:
-            if self._waiting >= MOST_WAITING:
+            if len(self._running) >= PROCESSES + MOST_WAITING:
                 text = "too many requests wait for the check of their structure; try again later"
                 raise Refusal(Reason.OVERLOADED, text)
             task = asyncio.create_task(self._compute(form, digest), name="check of a form")
@@ -81,11 +80,7 @@ class FormChecker:
         return await asyncio.shield(task)
 
     async def _compute(self, form: Form, digest: bytes) -> CheckedForm:
-        self._waiting += 1
-        try:
-            process = await self._free.get()
-        finally:
-            self._waiting -= 1
+        process = await self._free.get()
         begun, until = time.monotonic(), float("inf")
         try:
             await process.ensure()

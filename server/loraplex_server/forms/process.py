@@ -60,6 +60,7 @@ class Checks:
         self._tokenizer = read_tokenizer(
             Path(setup.tokenizer), setup.vocab_size, setup.eos_token_ids
         )
+        self._ends = setup.eos_token_ids
         self._mask = np.zeros(-(-setup.vocab_size // 32), np.uint32)
 
     def check(self, form: Form) -> CheckedForm:
@@ -82,7 +83,9 @@ class Checks:
             return CheckedForm(problem="allows no text")
         if matcher.is_error():
             return CheckedForm(problem=f"is too complex: {shown(matcher.get_error())}")
-        if matcher.is_stopped():
+        for token in self._ends:
+            self._mask[token >> 5] &= ~np.uint32(1 << (token & 31))
+        if not self._mask.any():
             return CheckedForm(problem="allows the empty text only")
         return CheckedForm(grammar)
 
