@@ -33,9 +33,7 @@ class AsyncClient(Calls):
         metadata: Sequence[tuple[str, str | bytes]] = (),
         **access: Unpack[AccessOptions],
     ) -> None:
-        self._use(
-            AsyncConnection(target, timeout, wait_for_ready, credentials, metadata, access)
-        )
+        self._use(AsyncConnection(target, timeout, wait_for_ready, credentials, metadata, access))
 
     def _use(self, connection: AsyncConnection) -> None:
         super().__init__(connection)

@@ -13,6 +13,7 @@ from typing import Any, TypedDict, TypeVar, Unpack
 from google.protobuf.message import Message as ProtoMessage
 
 from loraplex.errors import invalid
+from loraplex.structures import StructureOptions, structured_output
 from loraplex.v1 import adapter_pb2, generation_pb2, model_pb2
 
 M = TypeVar("M", bound=ProtoMessage)
@@ -43,7 +44,7 @@ class ConversationOptions(TypedDict, total=False):
     chat_template_kwargs: Mapping[str, Any] | None  # variables, such as {"enable_thinking": False}
 
 
-class GenerateOptions(ConversationOptions, total=False):
+class GenerateOptions(ConversationOptions, StructureOptions, total=False):
     """Keywords of `generate` and `stream`. None means the server's default, like leaving it out."""
 
     # The prompt, unless it is the first argument: exactly one of the three.
@@ -100,6 +101,7 @@ def generate(
         "prompt": prompt,
         "adapter_id": options.get("adapter"),
         "mix": [_weight(name, weight) for name, weight in (options.get("mix") or {}).items()],
+        "structured_output": structured_output(options),
         "sampling": part(generation_pb2.SamplingParams, "sampling.", options),
         "stop": fill(
             generation_pb2.StopConditions,

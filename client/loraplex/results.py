@@ -199,7 +199,9 @@ class ModelDescription:
 
     `fingerprint` is the digest of its weights. `max_context` counts prompt and completion together.
     `eos_tokens` end a completion, unless an adapter has its own. `bos_token` begins a prompt; None
-    if the model adds none. `chat_template` is None if the model has none.
+    if the model adds none. `chat_template` is None if the model has none. With
+    `has_structured_output`, completions can be asked to fit a JSON schema, an expression or a
+    grammar.
     """
 
     name: str
@@ -211,6 +213,7 @@ class ModelDescription:
     bos_token: NamedToken | None
     has_tokenizer: bool
     chat_template: ChatTemplateInfo | None
+    has_structured_output: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ MODEL = model_pb2.Model(
     vocab_size=100,
     eos_tokens=[{"token_id": 2, "text": "</s>"}, {"token_id": 3, "text": "\n"}],
     has_tokenizer=True,
+    has_structured_output=True,
     chat_template={
         "sha256": "ab",
         "source": "model",
@@ -112,6 +113,7 @@ def test_the_model_is_printed_line_by_line(run, server: FakeServer) -> None:
         'eos_tokens: 2 "</s>" 3 "\\n"',
         "bos_token: none",
         "has_tokenizer: True",
+        "has_structured_output: True",
         "chat_template.sha256: ab",
         "chat_template.source: model",
         "chat_template.takes_tools: True",
@@ -119,7 +121,7 @@ def test_the_model_is_printed_line_by_line(run, server: FakeServer) -> None:
     ]
     assert json.loads(run("model", "--json").stdout)["eos_tokens"][0]["token_id"] == 2
     server.model = model_pb2.Model()
-    assert run("model").stdout.endswith("has_tokenizer: False\nchat_template: none\n")
+    assert run("model").stdout.endswith("has_structured_output: False\nchat_template: none\n")
 
 
 def test_a_prompt_is_printed_as_it_is(run, server: FakeServer, tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,10 @@ _COMPLETION: Mapping[str, Any] = {
     "presence_penalty": option("Sampling", "Penalty on each token already generated, -2 to 2."),
     "frequency_penalty": option(
         "Sampling", "Penalty per occurrence of a token in the output, -2 to 2."
+    ),
+    "json_object": option("Structured output", "Answer with a JSON object.", "--json-object"),
+    "regex": option(
+        "Structured output", "Answer with a text that the expression matches.", metavar="EXPRESSION"
     ),
     "ignore_eos": option(
         "Stop conditions", "Continue past the end tokens of the model or adapter.", "--ignore-eos"
@@ -60,6 +65,34 @@ def generate(
     system: options.System = None,
     chat_template_kwarg: options.TemplateVariables = None,
     given: Annotated[GenerateOptions, _COMPLETION],
+    json_schema: Annotated[
+        Path | None,
+        option(
+            "Structured output",
+            "Local file of a JSON schema: answer with JSON that is valid by it.",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    choice: Annotated[
+        list[str] | None,
+        option(
+            "Structured output",
+            "Answer with one of these texts. Can be repeated.",
+            metavar="TEXT",
+        ),
+    ] = None,
+    grammar: Annotated[
+        Path | None,
+        option(
+            "Structured output",
+            "Local file of a grammar for Lark or llama.cpp (GBNF): answer with a text of it.",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     stop: Annotated[
         list[str] | None,
         option(
@@ -86,6 +119,9 @@ def generate(
         **given,
         "adapter": adapter,
         "mix": _parse_mix(mix or ()),
+        "json_schema": options.read_text(json_schema),
+        "choices": choice,
+        "grammar": options.read_text(grammar),
         "stop": stop,
         "stop_token_ids": stop_token_id,
         "chat_template_kwargs": options.parse_variables(chat_template_kwarg),

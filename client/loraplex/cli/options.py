@@ -142,8 +142,13 @@ CHAT: Mapping[str, Any] = {
 
 def read_template(path: Path | None) -> str:
     """Reads the file of a chat template; "" without one. Raises BadParameter."""
+    return read_text(path) or ""
+
+
+def read_text(path: Path | None) -> str | None:
+    """Reads a file as UTF-8; None without one. Raises BadParameter."""
     if path is None:
-        return ""
+        return None
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
