@@ -18,7 +18,7 @@ from engine.oracle import OracleRunner
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_server.engine.messages import SamplingParams, Structure
 from loraplex_server.engine.structures.library import read_tokenizer
-from loraplex_server.forms.form import Form, FormKind
+from loraplex_server.forms.form import FormKind, StructureForm
 from loraplex_server.forms.grammars import grammar_of
 from rpc.harness import EOS, VOCAB, make_tokenizer, write_model
 from tokenizers import Tokenizer
@@ -64,7 +64,7 @@ def words() -> Tokenizer:
 
 def structure(kind: str, *texts: str, ends: Sequence[int] = (EOS,)) -> Structure:
     """What the front makes of a form."""
-    form = Form(FormKind(kind), list(texts))
+    form = StructureForm(FormKind(kind), list(texts))
     return Structure(grammar_of(form), form.is_json, list(ends))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from engine.driving import Engine
 from loraplex_server.engine.structures.library import new_matcher, read_tokenizer
-from loraplex_server.forms.form import Form, FormKind
+from loraplex_server.forms.form import FormKind, StructureForm
 from loraplex_server.forms.process import CHECK_BYTES, Checks, CheckSetup
 from rpc.harness import EOS, VOCAB, make_tokenizer, write_model
 from structured.corpus import accepted, entries, validator
@@ -28,8 +28,8 @@ def checks(tokenizer: Path) -> Checks:
     return Checks(CheckSetup(str(tokenizer), VOCAB, CHECK_BYTES, [EOS]))
 
 
-def form(schema: Any) -> Form:
-    return Form(FormKind.JSON_SCHEMA, [json.dumps(schema, ensure_ascii=False)])
+def form(schema: Any) -> StructureForm:
+    return StructureForm(FormKind.JSON_SCHEMA, [json.dumps(schema, ensure_ascii=False)])
 
 
 def test_schemas_are_accepted_unless_they_cannot_be_enforced(checks: Checks) -> None:

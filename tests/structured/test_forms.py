@@ -16,7 +16,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.engine.structures.library import new_matcher, read_tokenizer
 from loraplex_server.forms import checker as checker_module
 from loraplex_server.forms.checker import FormChecker
-from loraplex_server.forms.form import Form, FormKind
+from loraplex_server.forms.form import FormKind, StructureForm
 from loraplex_server.forms.grammars import MOST_NESTING, nesting
 from loraplex_server.forms.process import CHECK_BYTES, Checks, CheckSetup, shown
 from loraplex_server.forms.unions import with_tagged_unions
@@ -36,8 +36,8 @@ def checks(setup: CheckSetup) -> Checks:
     return Checks(setup)
 
 
-def form(kind: str, *texts: str) -> Form:
-    return Form(FormKind(kind), list(texts))
+def form(kind: str, *texts: str) -> StructureForm:
+    return StructureForm(FormKind(kind), list(texts))
 
 
 def accepts(setup: CheckSetup, grammar: str, text: str) -> bool:
@@ -76,7 +76,7 @@ NUMBER: /[0-9]+/
     ],
 )
 def test_a_form_accepts_what_it_says(
-    checks: Checks, setup: CheckSetup, given: Form, yes: list[str], no: list[str]
+    checks: Checks, setup: CheckSetup, given: StructureForm, yes: list[str], no: list[str]
 ) -> None:
     checked = checks.check(given)
     assert checked.problem == ""
@@ -111,7 +111,7 @@ def test_a_form_accepts_what_it_says(
     ],
 )
 def test_a_form_at_fault_is_refused_with_what_is_wrong(
-    checks: Checks, given: Form, problem: str
+    checks: Checks, given: StructureForm, problem: str
 ) -> None:
     found = checks.check(given).problem
     assert problem in found
@@ -195,7 +195,7 @@ async def real(setup: CheckSetup) -> AsyncIterator[FormChecker]:
         yield one
 
 
-async def refused(one: FormChecker, given: Form) -> Refusal:
+async def refused(one: FormChecker, given: StructureForm) -> Refusal:
     with pytest.raises(Refusal) as found:
         await one.grammar(given, "field")
     return found.value
@@ -258,7 +258,7 @@ async def test_too_many_forms_are_refused_as_overload(monkeypatch: pytest.Monkey
     monkeypatch.setattr(checker_module, "MOST_WAITING", 3)
     async for one in made(30.0):
         tasks = [
-            asyncio.create_task(one.grammar(Form(FormKind.REGEX, ["slow", str(i)]), "f"))
+            asyncio.create_task(one.grammar(StructureForm(FormKind.REGEX, ["slow", str(i)]), "f"))
             for i in range(10)
         ]
         results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -322,7 +322,7 @@ HOSTILE = {
 }
 
 
-async def answered(one: FormChecker, given: Form) -> None:
+async def answered(one: FormChecker, given: StructureForm) -> None:
     """Asks for a check; a refusal must be one for the form."""
     (found,) = await asyncio.gather(one.grammar(given, "f"), return_exceptions=True)
     is_refused = isinstance(found, Refusal) and found.reason is Reason.STRUCTURE_INVALID

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -54,10 +53,7 @@ def generate(
     ],
     *,
     adapter: options.Adapter = None,
-    mix: Annotated[
-        list[str] | None,
-        option("Model", "One adapter of a weighted mix. Can be repeated.", metavar="ID=WEIGHT"),
-    ] = None,
+    mix: options.Mix = None,
     chat: Annotated[
         bool,
         option("Model", "Treat PROMPT as a user message and apply the chat template.", "--chat"),
@@ -65,50 +61,11 @@ def generate(
     system: options.System = None,
     chat_template_kwarg: options.TemplateVariables = None,
     given: Annotated[GenerateOptions, _COMPLETION],
-    json_schema: Annotated[
-        Path | None,
-        option(
-            "Structured output",
-            "Local file of a JSON schema: answer with JSON that is valid by it.",
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
-    choice: Annotated[
-        list[str] | None,
-        option(
-            "Structured output",
-            "Answer with one of these texts. Can be repeated.",
-            metavar="TEXT",
-        ),
-    ] = None,
-    grammar: Annotated[
-        Path | None,
-        option(
-            "Structured output",
-            "Local file of a grammar for Lark or llama.cpp (GBNF): answer with a text of it.",
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        option(
-            "Stop conditions",
-            "End the completion before this text. Can be repeated.",
-            metavar="TEXT",
-        ),
-    ] = None,
-    stop_token_id: Annotated[
-        list[int] | None,
-        option(
-            "Stop conditions",
-            "End the completion before this token. Can be repeated.",
-            metavar="ID",
-        ),
-    ] = None,
+    json_schema: options.JsonSchema = None,
+    choice: options.Choice = None,
+    grammar: options.Grammar = None,
+    stop: options.Stop = None,
+    stop_token_id: options.StopTokenId = None,
     stream: Annotated[
         bool, option("Output", "Print tokens as they are generated.", "--stream/--no-stream")
     ] = True,

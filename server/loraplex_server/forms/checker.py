@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 
-from loraplex_server.forms.form import CheckedForm, Form
+from loraplex_server.forms.form import CheckedForm, StructureForm
 from loraplex_server.forms.process import framed
 from loraplex_server.series import Series
 
@@ -49,7 +49,7 @@ class FormChecker:
         self._kept: OrderedDict[bytes, tuple[CheckedForm, float]] = OrderedDict()
         self._kept_bytes = 0
 
-    async def grammar(self, form: Form, field: str) -> str:
+    async def grammar(self, form: StructureForm, field: str) -> str:
         """The grammar of a form. Raises Refusal, which names `field` if the form is at fault."""
         checked = await self._check(form)
         self._series.structure_checks.labels("refused" if checked.problem else "accepted").inc()
@@ -64,7 +64,7 @@ class FormChecker:
         for process in self._all:
             await process.kill()
 
-    async def _check(self, form: Form) -> CheckedForm:
+    async def _check(self, form: StructureForm) -> CheckedForm:
         digest = form.digest
         if (found := self._find(digest)) is not None:
             return found
@@ -79,7 +79,7 @@ class FormChecker:
         # A caller that leaves does not disturb the process, nor others with the same form.
         return await asyncio.shield(task)
 
-    async def _compute(self, form: Form, digest: bytes) -> CheckedForm:
+    async def _compute(self, form: StructureForm, digest: bytes) -> CheckedForm:
         process = await self._free.get()
         begun, until = time.monotonic(), float("inf")
         try:
@@ -154,7 +154,7 @@ class _CheckProcess:
             await self.kill()
             raise
 
-    async def check(self, form: Form, seconds: float) -> CheckedForm:
+    async def check(self, form: StructureForm, seconds: float) -> CheckedForm:
         """The check of a form. The process is killed if this raises TimeoutError, _ProcessEnded."""
         assert self._process is not None, "no process was started"
         assert self._process.stdin is not None, "the process has no standard input"

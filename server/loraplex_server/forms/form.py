@@ -18,7 +18,7 @@ class FormKind(StrEnum):
     GRAMMAR = "grammar"
 
 
-class Form(msgspec.Struct, frozen=True):
+class StructureForm(msgspec.Struct, frozen=True):
     """What the text of a completion must be: one text of the kind, or the texts to choose from."""
 
     kind: FormKind

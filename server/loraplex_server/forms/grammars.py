@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from loraplex_server.forms.form import Form, FormKind
+from loraplex_server.forms.form import FormKind, StructureForm
 from loraplex_server.forms.unions import with_tagged_unions
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class FormInvalid(ValueError):
     """The form is at fault. The message is for its sender."""
 
 
-def grammar_of(form: Form) -> str:
+def grammar_of(form: StructureForm) -> str:
     """The grammar of a form, not compiled yet. Raises FormInvalid."""
     match form.kind:
         case FormKind.JSON_SCHEMA:

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from loraplex_server.engine.structures.library import new_matcher, read_tokenizer
-from loraplex_server.forms.form import CheckedForm, Form
+from loraplex_server.forms.form import CheckedForm, StructureForm
 from loraplex_server.forms.grammars import FormInvalid, grammar_of
 
 STACK_BYTES = 8 << 20
@@ -63,14 +63,14 @@ class Checks:
         self._ends = setup.eos_token_ids
         self._mask = np.zeros(-(-setup.vocab_size // 32), np.uint32)
 
-    def check(self, form: Form) -> CheckedForm:
+    def check(self, form: StructureForm) -> CheckedForm:
         """The grammar of a form, or what is wrong with it."""
         try:
             return self._check(form)
         except BaseException:  # the library's panics are no `Exception`
             return CheckedForm(problem="cannot be compiled")
 
-    def _check(self, form: Form) -> CheckedForm:
+    def _check(self, form: StructureForm) -> CheckedForm:
         try:
             grammar = grammar_of(form)
         except FormInvalid as error:
@@ -130,14 +130,14 @@ def serve(checks: Checks, source: BinaryIO, sink: BinaryIO) -> None:
     sink.write(framed(CheckedForm()))
     sink.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    decoder = msgspec.msgpack.Decoder(Form)
+    decoder = msgspec.msgpack.Decoder(StructureForm)
     while len(head := source.read(4)) == 4:
         form = decoder.decode(source.read(int.from_bytes(head, "little")))
         sink.write(framed(checks.check(form)))
         sink.flush()
 
 
-def framed(message: Form | CheckedForm) -> bytes:
+def framed(message: StructureForm | CheckedForm) -> bytes:
     """A message with its length before it."""
     data = msgspec.msgpack.encode(message)
     return len(data).to_bytes(4, "little") + data

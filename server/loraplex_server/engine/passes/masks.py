@@ -14,7 +14,7 @@ from loraplex_server.engine.messages import Failure, Structure
 from loraplex_server.engine.structures.constraint import Constraint
 from loraplex_server.engine.structures.structures import Structures
 
-SHARE = 0.05
+SHARE = 0.02
 """Time that a step may wait for late masks, as a fraction of the time that it has taken."""
 PATIENCE = 0.05
 """Most seconds of a wait for a mask if there is nothing else to do; then messages are looked at."""

@@ -20,7 +20,7 @@ _DIGITS: Final = frozenset(b"0123456789")
 _QUOTE, _ESCAPE = b'"\\'
 
 
-class Spellings:
+class TokenSpellings:
     """The bytes of a vocabulary's tokens, as far as numerals need them.
 
     Attributes:
@@ -42,7 +42,7 @@ class Spellings:
 class NumeralGuard:
     """Follows one JSON text, and forbids digits after too many of them."""
 
-    def __init__(self, spellings: Spellings) -> None:
+    def __init__(self, spellings: TokenSpellings) -> None:
         self._spellings = spellings
         self._in_string = False
         self._escaped = False

@@ -14,7 +14,7 @@ from loraplex_model.checkpoints.tokenizer import TOKENIZER
 from loraplex_server.engine.messages import Failure, ModelInfo, Structure
 from loraplex_server.engine.structures.constraint import Constraint
 from loraplex_server.engine.structures.library import new_matcher, read_tokenizer
-from loraplex_server.engine.structures.numerals import NumeralGuard, Spellings
+from loraplex_server.engine.structures.numerals import NumeralGuard, TokenSpellings
 from loraplex_server.engine.structures.workers import Workers
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Structures:
         self._words = -(-info.base.config.vocab_size // 32)
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
-        self._spellings: Spellings | None = None
+        self._spellings: TokenSpellings | None = None
         self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
         self._seconds: deque[float] = deque(maxlen=4096)
 
@@ -130,7 +130,7 @@ class Structures:
                 self._tokenizer = read_tokenizer(path, vocab_size, ends)
             return self._tokenizer
 
-    def _all_spellings(self) -> Spellings:
+    def _all_spellings(self) -> TokenSpellings:
         tokenizer = self._all_tokens()
         with self._lock:
             if self._spellings is None:
@@ -138,5 +138,5 @@ class Structures:
                     b"" if tokenizer.is_special_token(token) else tokenizer.decode_bytes([token])
                     for token in range(tokenizer.vocab_size)
                 ]
-                self._spellings = Spellings(tokens, self._words)
+                self._spellings = TokenSpellings(tokens, self._words)
             return self._spellings

@@ -9,7 +9,7 @@ from loraplex.v1 import generation_pb2
 
 from loraplex_server.engine.parameters import Structure
 from loraplex_server.forms.checker import FormChecker
-from loraplex_server.forms.form import Form, FormKind
+from loraplex_server.forms.form import FormKind, StructureForm
 from loraplex_server.rpc.calls.bounds import MAX_CHOICES
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ async def ask(
     return Structure(await forms.grammar(form, field), form.is_json)
 
 
-def _form_of(wire: generation_pb2.StructuredOutput) -> Form:
+def _form_of(wire: generation_pb2.StructuredOutput) -> StructureForm:
     kind = FormKind(wire.WhichOneof("form") or "")
     if kind is FormKind.JSON_OBJECT:
-        return Form(kind, [])
+        return StructureForm(kind, [])
     texts = wire.choices.texts if kind is FormKind.CHOICES else [getattr(wire, kind)]
-    return Form(kind, list(texts))
+    return StructureForm(kind, list(texts))
