@@ -118,8 +118,8 @@ def test_the_model_is_printed_line_by_line(run, server: FakeServer) -> None:
         'eos_tokens: 2 "</s>" 3 "\\n"',
         "bos_token: none",
         "has_tokenizer: True",
-        "has_structured_output: True",
         "hidden_size: 16",
+        "has_structured_output: True",
         "chat_template.sha256: ab",
         "chat_template.source: model",
         "chat_template.takes_tools: True",
@@ -127,7 +127,7 @@ def test_the_model_is_printed_line_by_line(run, server: FakeServer) -> None:
     ]
     assert json.loads(run("model", "--json").stdout)["eos_tokens"][0]["token_id"] == 2
     server.model = model_pb2.Model()
-    assert run("model").stdout.endswith("hidden_size: 0\nchat_template: none\n")
+    assert run("model").stdout.endswith("has_structured_output: False\nchat_template: none\n")
 
 
 def test_a_prompt_is_printed_as_it_is(run, server: FakeServer, tmp_path) -> None:

@@ -117,7 +117,9 @@ async def test_unknown_names_files_and_fields_have_the_statuses_of_vllm(site: Ga
         assert (await post("/v1/load_lora_adapter", 400, **given))["type"] == "InvalidUserInput"
     await post("/v1/load_lora_adapter", 400, lora_name="x", lora_path="empty")
     await post("/v1/load_lora_adapter", 400, lora_name="x", lora_path="one", scale=2)
-    reply = await site.http.post("/v1/load_lora_adapter", content=b"not JSON")
+    headers = {"content-type": "application/json"}
+    path = "/v1/load_lora_adapter"
+    reply = await site.http.post(path, content=b"not JSON", headers=headers)
     assert checked(reply, 400)["object"] == "error"
     await post("/v1/unload_lora_adapter", 400)
 

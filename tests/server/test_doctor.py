@@ -14,6 +14,7 @@ from loraplex_model.ops import build, known_faults
 from loraplex_server.commands import doctor, doctor_base, doctor_cuda
 from loraplex_server.config import Config
 from loraplex_server.config_sources import load as load_config
+from loraplex_server.declared.named import NamedAdapter
 from rpc.certificates import Authority
 
 from model import tiny
@@ -61,6 +62,16 @@ def test_the_certificate_is_checked_as_the_server_would(config: Config, tmp_path
 def test_a_mistyped_import_root_is_named(config: Config, tmp_path: Path) -> None:
     (found,) = bad(config.model_copy(update={"import_root": tmp_path / "imprt"}))
     assert found.startswith(f"import_root: {tmp_path / 'imprt'}: no such directory")
+
+
+def test_what_the_settings_declare_is_looked_at(config: Config, tmp_path: Path) -> None:
+    missing = config.model_copy(update={"adapter_directory": tmp_path / "none"})
+    (found,) = bad(missing)
+    assert found.startswith(f"directory: {tmp_path / 'none'}: not a directory")
+    assert bad(config.model_copy(update={"adapter_directory": tmp_path})) == []
+    named = NamedAdapter(name="a", path=tmp_path / "a")
+    (found,) = bad(config.model_copy(update={"adapters": (named,)}))
+    assert str(tmp_path / "a") in found
 
 
 def test_who_may_call_is_shown_and_a_fault_in_its_files_is_named(

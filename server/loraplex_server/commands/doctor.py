@@ -33,12 +33,14 @@ _SHOWN: Final = 5
 def examine(config: Config, adapters: Sequence[Path] = ()) -> Iterator[Check]:
     """Checks everything that serving needs, without converting a model or changing a file.
 
-    `adapters` are directories of adapters that are checked against the base model.
+    `adapters` are directories of adapters that are checked against the base model, with those that
+    the settings name.
     """
     yield Check("python", f"{platform.python_version()} on {platform.platform()}")
     yield Check("processor", f"{_processor()}, {available_cores()} cores, {_memory()}")
     yield from _arithmetic(config)
-    yield from doctor_base.examine(config, adapters, _memory_bytes())
+    named = [each.path for each in config.adapters]
+    yield from doctor_base.examine(config, [*adapters, *named], _memory_bytes())
     yield from _end_tokens(config)
     yield from _base_cache(config)
     for name in ("store", "cache"):
@@ -48,6 +50,11 @@ def examine(config: Config, adapters: Sequence[Path] = ()) -> Iterator[Check]:
     else:
         text = "no such directory; create it, or correct --import-root"
         yield Check("import_root", f"{config.import_root}: {text}", good=False)
+    if config.adapter_directory is not None:
+        place = config.adapter_directory
+        text = f"{place}: not a directory; create it, or correct --adapter-directory"
+        is_there = place.is_dir()
+        yield _folder("directory", place, False) if is_there else Check("directory", text, False)
     yield from _adapters(config)
     yield from _callers(config)
     yield from _certificate(config)
