@@ -64,7 +64,7 @@ def divided(draw: st.DrawFn) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(case=divided())
 def test_the_pieces_of_a_text_do_not_matter(name: str, case: tuple[str, list[str]]) -> None:
     text, pieces = case
@@ -73,7 +73,7 @@ def test_the_pieces_of_a_text_do_not_matter(name: str, case: tuple[str, list[str
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if isinstance(FORMATS[n].form, Wire)])
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(case=divided())
 def test_nor_do_they_if_calls_are_enforced(name: str, case: tuple[str, list[str]]) -> None:
     text, pieces = case
@@ -84,7 +84,7 @@ def test_nor_do_they_if_calls_are_enforced(name: str, case: tuple[str, list[str]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(case=divided())
 def test_text_without_a_call_is_shown_as_it_is(name: str, case: tuple[str, list[str]]) -> None:
     text, pieces = case
