@@ -22,11 +22,11 @@ def document() -> dict[str, Any]:
 def operation(method: str, path: str) -> dict[str, Any] | None:
     """The operation for a path; None if there is none. Fixed paths come before patterns."""
     found = [
-        (pattern.count("{"), operations)
+        ((pattern.count("{"), -len(pattern)), operations)
         for pattern, operations in document()["paths"].items()
         if re.fullmatch(re.sub(r"\{(\w+)\}", ".+", pattern), path)
     ]
-    best = min(found, key=lambda each: each[0], default=(0, {}))[1]
+    best = min(found, key=lambda each: each[0], default=((0, 0), {}))[1]
     return best.get(method.lower())
 
 

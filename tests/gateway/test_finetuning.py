@@ -11,7 +11,7 @@ import httpx2
 import openai
 import pytest
 import pytest_asyncio
-from gateway.training import BASE, FineTuning, fine_tuning
+from gateway.training import BASE, FineTuning, declared, fine_tuning
 from loraplex import AsyncClient
 from loraplex_gateway.finetuning.names import adapter_name, model_id
 from loraplex_gateway.finetuning.order import BASE_RATE
@@ -30,13 +30,15 @@ async def up(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[FineTuni
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def client(up: FineTuning) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{up.url}/v1", api_key="any", max_retries=0) as made:
+    async with openai.AsyncOpenAI(
+        base_url=f"{up.url}/v1", api_key="any", max_retries=0, http_client=declared()
+    ) as made:
         yield made
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def http(up: FineTuning) -> AsyncIterator[httpx2.AsyncClient]:
-    async with httpx2.AsyncClient(base_url=f"{up.url}/v1", timeout=60) as made:
+    async with declared(base_url=f"{up.url}/v1") as made:
         yield made
 
 
@@ -210,7 +212,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "much metadata": ({"metadata": {str(i): "x" for i in range(17)}}, "metadata"),
     "an unknown field": ({"colour": "red"}, "colour"),
     "an unknown option": ({"loraplex": {"colour": "red"}}, "loraplex.colour"),
-    "a wrong option": ({"loraplex": {"learn": "nothing"}}, "learn"),
+    "a wrong option": ({"loraplex": {"learn": "nothing"}}, "loraplex.learn"),
 }  # fmt: skip
 
 
