@@ -43,6 +43,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 COPY pyproject.toml README.md LICENSE ./
 COPY client client
+COPY gateway gateway
 COPY model model
 COPY adapters adapters
 COPY training training
@@ -82,7 +83,7 @@ WORKDIR /var/lib/loraplex
 # The store (adapters) must outlive the container, and so must training jobs where LORAPLEX_TRAINING is set;
 # the cache (the quantised base) makes a restart quick.
 VOLUME ["/var/lib/loraplex/store", "/var/lib/loraplex/cache", "/var/lib/loraplex/training"]
-EXPOSE 50051 9464
+EXPOSE 50051 8000 9464
 USER 10001:10001
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
     CMD ["loraplex", "health"]

@@ -32,8 +32,8 @@ SOAK_DURATION = $(if $(filter command line,$(origin DURATION)),$(DURATION),300)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prometheus demo serve train-adapter test check-observability test-seams test-security test-field test-families test-clients check-deploy deploy-rules try-ray test-real test-skew test-sanitized test-triton test-gpu fuzz lint house proto \
-        bench simulate-scale soak bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-auth bench-gateway bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
+.PHONY: help setup model prometheus demo console serve train-adapter test check-observability test-seams test-security test-console test-field test-families test-clients check-deploy deploy-rules try-ray test-real test-skew test-sanitized test-structures test-triton test-gpu fuzz lint house proto \
+        bench simulate-scale soak bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-auth bench-gateway bench-structured bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
         lock audit sbom clean distclean
 
 help: ## Show this list of targets
@@ -69,6 +69,9 @@ prometheus: ## Find Prometheus, or unpack Debian's package into var/tools (one t
 demo: setup model ## Start a server, stream answers of the base and two adapters from one batch, check them, stop
 	$(BIN)/python examples/demo.py
 
+console: setup model ## Serve the web console on the demo's server and adapters until Ctrl-C (ARGS='--port 8000')
+	@$(BIN)/python examples/console.py $(ARGS)
+
 serve: setup model ## Start the server with the default model (SERVE_ARGS='--port 50051 ...')
 	$(BIN)/loraplex-server serve $(SERVE_ARGS)
 
@@ -95,6 +98,9 @@ test-seams: setup model ## Run the tests of every fault in docs/faults.md, long 
 
 test-security: setup ## Call every method with every kind of credential on a real server (under a minute)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/security_tests.py $(ARGS)
+
+test-console: setup ## Use the web console in Chromium (Debian's; Node), with axe (3 minutes; ARGS=--real for a real server: 8)
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/console_tests.py $(ARGS)
 
 test-field: setup model ## Try templates, adapters and data of other programs on real servers and commands (about 3 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/field_tests.py $(ARGS)
@@ -133,6 +139,17 @@ test-skew: setup ## Run a server and clients of an earlier commit with this vers
 
 test-sanitized: setup ## Run the tests of the C++ kernels with address and undefined-behaviour sanitizers
 	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python scripts/sanitized.py $(ARGS)
+
+# Xgrammar is needed by one test only. It asks for a Triton of its own, which it does not need there.
+XGRAMMAR := .xgrammar
+XGRAMMAR_READY := $(XGRAMMAR)/.ready
+
+$(XGRAMMAR_READY): $(READY)
+	$(BIN)/python -m pip install -qq --no-deps --upgrade --target $(XGRAMMAR) xgrammar==0.2.9 apache-tvm-ffi==0.1.15.post2
+	@touch $@
+
+test-structures: setup model $(XGRAMMAR_READY) ## Test structured output, and compare it with xgrammar (installs that once, apart)
+	@PYTHONPATH=$(XGRAMMAR) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/structured tests/rpc/test_structured.py $(ARGS)
 
 test-triton: setup model $(TRITON_READY) ## Test the Triton kernels, and the decoder on CUDA, in Triton's interpreter (no GPU; under 10 minutes)
 	@$(TRITON_PYTHON) scripts/triton_tests.py $(ARGS)
@@ -207,6 +224,9 @@ bench-gateway: setup model ## Compare streams over HTTP, through the gateway, wi
 bench-conversion: setup ## Measure memory and time of converting base models of several sizes to NF4
 	$(BIN)/python bench/bench_conversion.py $(ARGS)
 
+bench-structured: setup model ## Measure structured output: whether answers are valid, the time of masks, the speed of requests beside it
+	$(BIN)/python bench/bench_structured.py $(ARGS)
+
 bench-paper: setup ## Test the papers' claims on a small model: 4-bit formats, ranks, budgets, AdaLoRA
 	@failed=; for bench in quantisation rank adalora; do \
 	  PYTHONPATH=bench OMP_NUM_THREADS=1 $(BIN)/python -m paper.$$bench $(ARGS) || failed="$$failed $$bench"; done; \
@@ -248,4 +268,4 @@ clean: ## Remove caches and build output, but not the environments and var/
 	find . -path ./$(VENV) -prune -o -path ./$(TRITON_VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
 distclean: clean ## Also remove the environments and var/, including the adapters stored in var/
-	rm -rf $(VENV) $(TRITON_VENV) $(RAY_VENV) var
+	rm -rf $(VENV) $(TRITON_VENV) $(RAY_VENV) $(XGRAMMAR) var

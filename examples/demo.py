@@ -3,7 +3,8 @@
     python examples/demo.py
 
 Starts its own server on free ports, registers `examples/adapters/pirate` and `json`, asks each
-model separately and then all at once, and stops the server. The exit status is 0 only if all checks
+model separately and then all at once, asks one of them through OpenAI's interface too, and stops
+the server. The exit status is 0 only if all checks
 hold. The first start downloads and converts the model and compiles the kernels; later starts are
 quick. The last line of output is one JSON object.
 """
@@ -24,11 +25,13 @@ from pathlib import Path
 from demo_checks import (
     BEHAVIOUR,
     Check,
+    HttpAnswer,
     Samples,
     Steps,
     behaviour,
     digests,
     one_batch,
+    over_http,
     parse_metrics,
     same_as_alone,
     steps_between,
@@ -47,6 +50,8 @@ from served import Server, ServerError, exit_on_sigterm  # noqa: E402
 ADAPTERS = ROOT / "examples" / "adapters"
 NAMES = ("base", *BEHAVIOUR)
 QUESTION = "What is Python?"
+HTTP_NAME = "pirate"
+"""The adapter that is asked through OpenAI's interface, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,7 @@ class Seen:
 
     alone: Mapping[str, Completion]
     together: Mapping[str, Completion]
+    http: HttpAnswer
     steps: Steps
     samples: Samples
 
@@ -67,13 +73,19 @@ def main(argv: list[str] | None = None) -> int:
     work = ROOT / "var" / "demo"
     work.mkdir(parents=True, exist_ok=True)
     store = Path(tempfile.mkdtemp(prefix="store-", dir=work))
-    settings = {"cache": args.cache, "store": store, "import_root": ADAPTERS}
+    settings = {
+        "cache": args.cache,
+        "store": store,
+        "import_root": ADAPTERS,
+        "gateway": "127.0.0.1:0",
+    }
     server = Server(settings, work / "server.log", Startup(console), timeout=args.timeout)
     try:
         expected = {name: digest_of(ADAPTERS / name) for name in BEHAVIOUR}
         console.print("starting the server (the first time takes about a minute)")
         with server:
-            console.print(f"ready in {server.ready_s:.1f} s: gRPC {server.address}")
+            where = f"gRPC {server.address}, OpenAI's interface http://{server.http}/v1"
+            console.print(f"ready in {server.ready_s:.1f} s: {where}", highlight=False)
             seen = asyncio.run(converse(server, args.question, console))
     except (ServerError, LoraplexError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -86,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         *digests(seen.together, expected),
         *behaviour(seen.together),
         *same_as_alone(seen.together, seen.alone),
+        over_http(seen.http, seen.together[HTTP_NAME]),
         one_batch(seen.steps, len(BEHAVIOUR)),
         Check("the server stopped cleanly", server.exit_code == 0, f"exit {server.exit_code}"),
     ]
@@ -122,8 +135,9 @@ async def converse(server: Server, question: str, console: Console) -> Seen:
                 *(listen(client, question, name, view) for name in NAMES)
             )
         after = await asyncio.to_thread(scrape, server.admin)
+    http = await asyncio.to_thread(ask_over_http, server.http, question)
     together = dict(zip(NAMES, answers, strict=True))
-    return Seen(alone, together, steps_between(before, after), after)
+    return Seen(alone, together, http, steps_between(before, after), after)
 
 
 async def listen(client: AsyncClient, question: str, name: str, view: SideBySide) -> Completion:
@@ -143,6 +157,25 @@ def ask(question: str, name: str) -> GenerateOptions:
         "temperature": 0.0,
         "max_new_tokens": 64,
     }
+
+
+def ask_over_http(gateway: str, question: str) -> HttpAnswer:
+    """The same request as any client of OpenAI would send it, to the adapter HTTP_NAME."""
+    body = {
+        "model": HTTP_NAME,
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "max_tokens": 64,
+    }
+    request = urllib.request.Request(
+        f"http://{gateway}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        answer = json.load(reply)
+        adapter = reply.headers["x-loraplex-adapter"] or ""
+    return HttpAnswer(answer["choices"][0]["message"]["content"], adapter)
 
 
 def digest_of(directory: Path) -> str:

@@ -51,6 +51,14 @@ class Steps:
         return max(0, several + self.with_base - self.total)
 
 
+@dataclass(frozen=True, slots=True)
+class HttpAnswer:
+    """What OpenAI's interface answered: the text, and the adapter that the header names."""
+
+    text: str
+    adapter: str
+
+
 def is_pirate(text: str) -> bool:
     """Whether the text is a pirate's answer: these all start with "Arr"."""
     return text.lstrip().startswith("Arr")
@@ -71,6 +79,13 @@ def is_json(text: str) -> bool:
 
 BEHAVIOUR = {"pirate": ("talks like a pirate", is_pirate), "json": ("answers in JSON", is_json)}
 """By adapter name: the behaviour that the adapter adds, and the test for it."""
+
+
+def over_http(answer: HttpAnswer, same: Completion) -> Check:
+    """The answer over HTTP is the one over gRPC, by the same adapter's bytes."""
+    wanted = " ".join(f"{each.name}@{each.version} {each.digest}" for each in same.adapters)
+    held = answer.text == same.text != "" and answer.adapter == wanted
+    return Check("OpenAI's interface gives the same answer", held, answer.adapter[:40])
 
 
 def behaviour(answers: Mapping[str, Completion]) -> list[Check]:

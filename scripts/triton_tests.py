@@ -35,6 +35,7 @@ SUITES = (
     "tests/model/test_parity_hugging_face.py",
     "tests/model/test_parity_peft.py",
     "tests/model/test_batch_invariance.py",
+    "tests/model/test_states.py",
 )
 """Suites with a parameter for the decoder, one of which is `cuda`."""
 

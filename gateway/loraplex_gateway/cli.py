@@ -86,6 +86,14 @@ Drain = Annotated[
     float,
     _option("Seconds that running requests have to finish after SIGTERM.", "drain-seconds"),
 ]
+WebConsole = Annotated[
+    bool,
+    typer.Option(
+        "--console/--no-console",
+        help="Serve the web console at /console/.",
+        envvar="LORAPLEX_GATEWAY_CONSOLE",
+    ),
+]
 ToolFormat = Annotated[
     str,
     _option(
@@ -117,6 +125,7 @@ def run(
     max_body_bytes: MaxBody = 8 << 20,
     drain_seconds: Drain = 30.0,
     tool_format: ToolFormat = "",
+    console: WebConsole = True,
 ) -> None:
     """Serve OpenAI's HTTP interface in front of a Loraplex server."""
     settings = GatewaySettings(
@@ -140,6 +149,7 @@ def run(
         max_body_bytes=max_body_bytes,
         drain_seconds=drain_seconds,
         tool_format=tool_format,
+        console=console,
     )
     raise typer.Exit(serve(settings))
 

@@ -38,7 +38,6 @@ from loraplex_server.registry.signatures import Signatures
 from loraplex_server.registry.texts import AdapterTexts
 from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.calls.interceptor import CallPath, Interceptor
-from loraplex_server.rpc.messages.validate import ModelBounds
 from loraplex_server.rpc.server import Address, RpcServer
 from loraplex_server.rpc.services.adapters import AdapterService
 from loraplex_server.rpc.services.admission import Admission
@@ -187,7 +186,9 @@ class Server:
             reserved=config.reserved_requests,
         )
         prompts = Prompts(tokenizer, self._lanes.text)
-        bounds = ModelBounds(model.base.config.vocab_size, context, tokenizer.eos_token_ids)
+        forms = parts.form_checker_of(config, model, self.metrics.series)
+        self._close_later(PART_SECONDS, "the checks of structures do not end", forms.close)
+        bounds = parts.bounds_of(config, model, context, tokenizer)
         generation = GenerationService(
             self.engine,
             registry,
@@ -197,6 +198,7 @@ class Server:
             self.metrics,
             bounds,
             config.stream_writes,
+            forms,
             config.max_priority,
         )
         template_source = "model" if config.chat_template is None else "operator"

@@ -25,7 +25,9 @@ DEATH_CAUSES: Final = ("exit", "signal", "silent", "stuck", "start")
 _LONG: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _SHORT: Final = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.075, *_LONG[4:9])
 _ROWS: Final = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-"""Bucket bounds of histograms: seconds of a request, seconds of a step, rows of a step."""
+_MASKS: Final = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.1)
+"""Bucket bounds of histograms: seconds of a request and of a step, rows of a step, seconds of a
+mask."""
 
 _NAMES: Final = (BASE_LABEL, OTHER_LABEL)
 _TIERS: Final = ("device", "host", "merged")
@@ -193,6 +195,14 @@ class Series:
     principal_active_requests = _gauge("Generations that run or wait, by principal.", principal=())
     principal_limit = _gauge("Limits of the principals that have some.", principal=(), limit=())
     quota_refusals = _counter("Calls refused for a limit.", principal=(), limit=())
+    structure_checks = _counter(
+        "Requests with structured output, by the result of its check.",
+        result=("accepted", "refused"),
+    )
+    structure_check_seconds = _histogram(_LONG, "Time to check a structure that was not known yet.")
+    structure_mask_seconds = _histogram(
+        _MASKS, "Time to compute which tokens may follow, for one token of one request."
+    )
     memory_bytes = _gauge(
         "Memory of all processes of the server, and what they may use.", kind=("used", "limit")
     )

@@ -179,6 +179,12 @@ class ServerSettings(BaseSettings):
     special_tokens_in_messages: bool = False
     """Recognise control tokens that messages spell out, also in the data of training jobs, so that
     a message can end its turn and open another. By default they are text."""
+    structured_output: bool = True
+    """Serve structured output: completions that fit a JSON schema, an expression or a grammar."""
+    max_structure: ByteSize = Field(ByteSize(64 << 10), ge=1, le=1 << 20)
+    """Largest schema, expression or grammar of structured output."""
+    structure_timeout: float = Field(5.0, gt=0, le=3600)
+    """Seconds that the check of a schema, expression or grammar may take, in a process apart."""
     prefix_cache: bool = True
     """Keep keys and values of prompts and answers, for later requests that begin alike."""
     token_budget: int = Field(512, ge=1)

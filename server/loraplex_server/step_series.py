@@ -72,6 +72,8 @@ class StepSeries:
             series.batch_distinct_adapters.observe(stats.distinct_adapters)
             series.engine_step_seconds.observe(stats.step_seconds)
             series.prefill_tokens.inc(stats.prefill_tokens)
+        for seconds in stats.mask_seconds:
+            series.structure_mask_seconds.observe(seconds)
         shown, counted = self._shown, self._counted
         for field, gauge in self._gauges:
             value = getattr(stats, field)

@@ -193,6 +193,30 @@ def test_samples_of_one_prompt_compute_it_once(tied: LocalRunner, gallery: Galle
             reset(warm)
 
 
+def test_samples_beside_one_whose_prompt_is_scored_have_their_bits(tied: LocalRunner) -> None:
+    """As the front asks for several completions: each draws with a seed of its own."""
+    text = prompt(3 * tied.block_size + 2)
+
+    def answers(ids: range, **limits: Any) -> list[list[Output]]:
+        asking = Asking(tied, **limits)
+        for id in ids:
+            params = SamplingParams(temperature=1.5, seed=40 + id)
+            scored = None if id else 2
+            submit = Submit(id, text, 6, [], params, logprobs=TOP, prompt_logprobs=scored)
+            asking.core.add(submit)
+        outputs: dict[int, list[Output]] = {}
+        asking.rest(outputs)
+        reset(asking)
+        return [outputs[id] for id in ids]
+
+    alone = [answers(range(id, id + 1), prefix_cache=False)[0] for id in range(4)]
+    for budget in (7, 512):
+        together = answers(range(4), token_budget=budget, max_running=4)
+        assert [*map(_answer, together)] == [*map(_answer, alone)]
+        assert together[0][0].prompt_logprobs == alone[0][0].prompt_logprobs
+        assert sum(outputs[0].cached_tokens for outputs in together) >= 2 * 3 * tied.block_size
+
+
 def test_merged_rows_have_other_bits_and_share_nothing_with_unmerged_ones(
     tied: LocalRunner, gallery: Gallery
 ) -> None:

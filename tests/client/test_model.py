@@ -32,6 +32,7 @@ MODEL = model_pb2.Model(
     vocab_size=100,
     eos_tokens=[{"token_id": 2, "text": "</s>"}, {"token_id": 3, "text": "\n"}],
     has_tokenizer=True,
+    has_structured_output=True,
     chat_template={
         "sha256": "ab",
         "source": "model",
@@ -117,6 +118,7 @@ def test_the_model_is_printed_line_by_line(run, server: FakeServer) -> None:
         'eos_tokens: 2 "</s>" 3 "\\n"',
         "bos_token: none",
         "has_tokenizer: True",
+        "has_structured_output: True",
         "hidden_size: 16",
         "chat_template.sha256: ab",
         "chat_template.source: model",

@@ -88,11 +88,12 @@ def test_the_documented_options_cover_every_field_of_the_proto():
         for kind in (generation_pb2.SamplingParams, generation_pb2.GenerateRequest)
         for field in kind.DESCRIPTOR.fields
     }
-    renamed = {"adapter_id": "adapter", "prompt": None, "sampling": None}
+    renamed = {"adapter_id": "adapter"} | dict.fromkeys(("prompt", "sampling", "structured_output"))
     expected = {renamed.get(name, name) for name in fields} - {None}
     expected |= {field.name for field in generation_pb2.StopConditions.DESCRIPTOR.fields}
     expected = expected - {"strings"} | {"stop", "stop_token_ids"}
     expected |= {field.name for field in generation_pb2.ChatMessages.DESCRIPTOR.fields}
+    expected |= {field.name for field in generation_pb2.StructuredOutput.DESCRIPTOR.fields}
     assert set(requests.GenerateOptions.__annotations__) == expected
 
 

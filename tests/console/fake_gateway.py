@@ -25,7 +25,7 @@ import fake_training
 import uvicorn
 from loraplex_gateway.console import routes as console
 from loraplex_gateway.context import Context
-from loraplex_gateway.settings import Settings
+from loraplex_gateway.settings import GatewaySettings
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -137,7 +137,7 @@ def build() -> Starlette:
             )
         ),
     ]
-    context = cast(Context, SimpleNamespace(settings=Settings()))
+    context = cast(Context, SimpleNamespace(settings=GatewaySettings()))
     return Starlette(
         routes=[*parts, *console.routes(context)],
         middleware=[Middleware(Guard, behaviour=behaviour)],

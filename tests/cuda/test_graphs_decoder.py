@@ -206,10 +206,11 @@ def test_tokens_are_drawn_and_read_by_the_next_pass(
         ticket = decoder.launch(first, draws, np.array([1], np.int32))
         again = DrawTable.of([Greedy()], np.array([1], np.int32))  # type: ignore[list-item]
         behind = decoder.launch(second, again, np.array([0, 1], np.int32))
-        tokens, lines = ticket.wait()
+        tokens, lines, states = ticket.wait()
+        assert not len(states)
         assert tokens.tolist() == [int(logits[0].argmax()), int(logits[2].argmax())]
         assert torch.equal(torch.from_numpy(lines), logits[1:2])
-        chosen, behind_lines = behind.wait()
+        chosen, behind_lines, _ = behind.wait()
         known = replace(second, tokens=tokens[[1, 0]])
         wanted = decoder.forward(known)
         assert torch.equal(torch.from_numpy(behind_lines), wanted)

@@ -57,13 +57,15 @@ def test_compose_reads_the_files_as_they_are_meant(profile: str) -> None:
     name = PROFILES[profile]
     plain = merged("compose.yaml", profile=profile)
     assert set(plain["services"]) == {name, "prometheus", "grafana"}
-    (port,) = plain["services"][name]["ports"]
-    assert port["host_ip"] == "127.0.0.1"
+    published = plain["services"][name]["ports"]
+    assert {(port["host_ip"], port["published"]) for port in published} == {
+        ("127.0.0.1", "50051"),
+        ("127.0.0.1", "8000"),
+    }
     checked = merged("compose.yaml", "compose.access.yaml", profile=profile)
     server = checked["services"][name]
-    (port,) = server["ports"]
-    assert "host_ip" not in port
-    assert port["published"] == "50051"
+    assert not any("host_ip" in port for port in server["ports"])
+    assert {port["published"] for port in server["ports"]} == {"50051", "8000"}
     given = {secret["source"] for secret in server["secrets"]}
     assert given == set(checked["secrets"])
     environment = {**plain["services"][name]["environment"], **server["environment"]}
@@ -120,7 +122,9 @@ def test_only_a_server_that_checks_who_calls_is_published(
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), f"{name} publishes {port}"
     for name in PROFILES.values():
-        assert access["services"][name]["ports"] == ["50051:50051"], "metrics are not published"
+        ports = access["services"][name]["ports"]
+        assert ports == ["50051:50051", "8000:8000"], "metrics are not published"
+        assert access["services"][name]["environment"]["LORAPLEX_GATEWAY_METRICS"] == ""
 
 
 def test_secrets_are_files_that_the_server_is_given_and_told_of(access: dict[str, Any]) -> None:

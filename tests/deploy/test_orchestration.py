@@ -65,7 +65,9 @@ def settings_of(variables: dict[str, str]) -> dict[str, str]:
     return {
         name.removeprefix("LORAPLEX_").lower(): value
         for name, value in variables.items()
-        if name.startswith("LORAPLEX_") and name not in others
+        if name.startswith("LORAPLEX_")
+        and not name.startswith("LORAPLEX_GATEWAY_")  # those of the gateway's process
+        and name not in others
     }
 
 
@@ -143,7 +145,9 @@ def test_probes_ask_the_grpc_port_in_a_way_that_it_answers(rendered: Rendered) -
             assert f"--server=localhost:{ports['grpc']}" in flags
         else:
             assert probe["grpc"]["port"] == ports["grpc"]
-    assert {str(port) for port in ports.values()} == set(last(stages()["cpu"], "EXPOSE").split())
+    exposed = set(last(stages()["cpu"], "EXPOSE").split())
+    with_gateway = bool(rendered.variables.get("LORAPLEX_GATEWAY"))
+    assert {str(port) for port in ports.values()} == exposed - (set() if with_gateway else {"8000"})
     patience = {
         name: probe["periodSeconds"] * probe["failureThreshold"] for name, probe in probes.items()
     }

@@ -9,6 +9,7 @@ import pytest
 from engine.oracle import OracleRunner
 from loraplex_server.engine.group.joining import (
     COUNTED,
+    LISTED,
     NOTHING,
     OF_THE_STEP,
     SUMMED,
@@ -176,7 +177,7 @@ def stats(**given: int) -> StepStats:
 
 
 def test_every_statistic_is_summed_counted_or_of_the_step() -> None:
-    assert sorted((*OF_THE_STEP, *SUMMED, *COUNTED)) == sorted(StepStats.__struct_fields__)
+    assert sorted((*OF_THE_STEP, *LISTED, *SUMMED, *COUNTED)) == sorted(StepStats.__struct_fields__)
 
 
 def test_states_are_summed_over_those_that_are_up_and_counts_over_all_that_were() -> None:

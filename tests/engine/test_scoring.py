@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from engine.driving import Engine, adapter
 from engine.oracle import OracleRunner, continuation
+from engine.test_least_length import NATIVE
+from loraplex.v1 import generation_pb2
 from loraplex_server.engine.messages import SamplingParams
+from loraplex_server.engine.passes.choices import Choices
 
 pytestmark = pytest.mark.usefixtures("pace")
 
@@ -91,3 +95,27 @@ def test_a_prompt_that_fills_the_cache_is_computed_and_a_longer_one_is_refused()
     assert [engine.outcome(id) for id in (1, 2)] == ["length", "PROMPT_TOO_LONG"]
     assert len(scored(engine, 1)) == 7
     engine.core.check()
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_tokens_value_and_the_one_among_the_best_are_the_same_float(kernels: bool) -> None:
+    """Evaluations compare the two with ==, and with the largest: ties and huge logits included."""
+    choices = Choices(NATIVE if kernels else None)
+    if kernels and NATIVE is None:
+        pytest.skip("no kernels")
+    random = np.random.default_rng(1)
+    for scale in (1e-3, 1.0, 30.0, 1e4, 1e30):
+        logits = (random.standard_normal((40, 300)) * scale).astype(np.float32)
+        logits[1] = 0.5
+        logits[2, 7:20] = logits[2].max()
+        for token in (0, 7, 150, 299):
+            tokens = [token if row % 2 else int(logits[row].argmax()) for row in range(40)]
+            for entry in choices.logprobs(logits, range(40), tokens, [300] * 40):
+                values = dict(entry.top)
+                assert entry.logprob == values[entry.token_id]
+                assert max(values.values()) == entry.top[0][1]
+                wire = generation_pb2.TokenLogprob(logprob=entry.logprob).logprob
+                assert wire == generation_pb2.TokenLogprob(logprob=values[entry.token_id]).logprob
+                assert wire == entry.logprob  # it is a float32 already
+            best = choices.logprobs(logits, [3], [int(logits[3].argmax())], [1])[0]
+            assert best.logprob == best.top[0][1]

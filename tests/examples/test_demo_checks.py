@@ -9,7 +9,7 @@ import demo_checks
 import pytest
 from adapters.adapter_files import SMOLLM
 from demo import digest_of
-from demo_checks import Steps
+from demo_checks import HttpAnswer, Steps
 from demo_view import SideBySide
 from loraplex import Completion, FinishReason, ResolvedAdapter, Usage
 from loraplex_adapters.format import examine as adapter_format
@@ -72,6 +72,15 @@ def test_an_answer_by_other_weights_fails() -> None:
     assert [check.held for check in demo_checks.digests(answers, expected)] == [True, True, False]
     swapped = {**answers, "base": completion("a", digest="sha256:1"), "pirate": completion("b")}
     assert [check.held for check in demo_checks.digests(swapped, expected)] == [False] * 3
+
+
+def test_another_answer_over_http_fails_and_so_does_another_adapter() -> None:
+    same = completion("b", digest="sha256:1")
+    (served,) = same.adapters
+    name = f"{served.name}@{served.version} sha256:1"
+    assert demo_checks.over_http(HttpAnswer("b", name), same).held
+    for text, adapter in (("a", name), ("", name), ("b", ""), ("b", name + "2")):
+        assert not demo_checks.over_http(HttpAnswer(text, adapter), same).held
 
 
 def test_one_changed_token_fails_and_so_does_an_empty_answer() -> None:

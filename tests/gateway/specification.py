@@ -22,7 +22,7 @@ def document() -> dict[str, Any]:
 def operation(method: str, path: str) -> dict[str, Any] | None:
     """The operation for a path; None if there is none. Fixed paths come before patterns."""
     found = [
-        ((pattern.count("{"), -len(pattern)), operations)
+        ((pattern.count("{"), -pattern.count("/")), operations)
         for pattern, operations in document()["paths"].items()
         if re.fullmatch(re.sub(r"\{(\w+)\}", ".+", pattern), path)
     ]

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from gateway.adapter_gateway import Gateway, checked, gateway
+from loraplex_gateway import adapters
+from loraplex_gateway.context import Context
+from loraplex_gateway.settings import GatewaySettings
 from rpc.harness import write_adapter
+from starlette.routing import Route
+
+from gateway import specification
 
 ADDED = "Success: LoRA adapter '{}' added successfully."
 REMOVED = "Success: LoRA adapter '{}' removed successfully."
@@ -266,7 +273,37 @@ async def test_the_endpoints_of_aibrix_and_dynamo(site: Gateway) -> None:
 
 async def test_without_management_the_endpoints_do_not_exist(tmp_path: Path) -> None:
     async with gateway(tmp_path, {"manages_adapters": False}) as site:
+        site.http.event_hooks = {}  # the specification is of a gateway that manages adapters
         for path in ("/v1/load_lora_adapter", "/load_lora_adapter", "/v1/lora_adapter/load"):
             await site.post(path, 404, lora_name="x", lora_path="x")
         assert (await site.http.post("/v1/adapters", json={})).status_code == 405
         assert checked(await site.http.get("/v1/adapters"), 200)["data"] == []
+
+
+def test_every_operation_about_adapters_is_specified_and_exists() -> None:
+    context = Context(GatewaySettings())
+    routes = {
+        (method, re.sub(r"\{(\w+):\w+\}", r"{\1}", route.path))
+        for route in adapters.routes(context)
+        if isinstance(route, Route)
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+    specified = {
+        (method.upper(), path)
+        for path, item in specification.document()["paths"].items()
+        for method, found in item.items()
+        if method != "parameters" and "adapters" in " ".join(found["tags"])
+    }
+    assert routes - specified == {("DELETE", "/v1/models/{model}")}
+    assert specified <= routes
+
+
+async def test_a_label_that_others_set_hides_no_adapter_of_that_id(site: Gateway) -> None:
+    site.write("one")
+    site.write("two", seed=1)
+    await site.post("/v1/load_lora_adapter", lora_name="org/x", lora_path="one")
+    await site.post("/v1/adapters", 201, name="a", source="two")
+    await site.post("/v1/adapters/a/labels", set={"loraplex.dev/model-id": "org/x"})
+    await site.post("/v1/unload_lora_adapter", lora_name="org/x")
+    (left,) = checked(await site.http.get("/v1/adapters"), 200)["data"]
+    assert left["name"] == "a"

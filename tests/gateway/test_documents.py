@@ -12,7 +12,9 @@ from loraplex_gateway import cli
 from loraplex_gateway.app import build
 from loraplex_gateway.chat.request import ChatRequest
 from loraplex_gateway.completions.request import CompletionRequest
+from loraplex_gateway.embeddings.request import EmbeddingRequest
 from loraplex_gateway.generation.parameters import SamplingFields
+from loraplex_gateway.responses.request import ResponseRequest
 from loraplex_gateway.settings import GatewaySettings
 from loraplex_gateway.tokens.request import DetokenizeRequest, TokenizeRequest
 from openapi_spec_validator import OpenAPIV31SpecValidator
@@ -65,12 +67,14 @@ def test_every_operation_declares_its_errors() -> None:
         (SamplingFields, "Sampling"),
         (ChatRequest, "ChatRequest"),
         (CompletionRequest, "CompletionRequest"),
+        (EmbeddingRequest, "EmbeddingRequest"),
+        (ResponseRequest, "ResponseRequest"),
     ],
 )
 def test_every_field_of_a_request_is_specified(kind: type, name: str) -> None:
     schemas = specification.document()["components"]["schemas"]
     parts = [schemas[name], *schemas[name].get("allOf", [])]
-    parts += [schemas["Sampling"]] if kind is not SamplingFields else []
+    parts += [schemas["Sampling"]] if issubclass(kind, SamplingFields) else []
     specified = {field for part in parts for field in part.get("properties", {})}
     assert specified == set(kind.__struct_encode_fields__)  # type: ignore[attr-defined]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from loraplex_model.decoder.sampling import NativeSampling
@@ -80,6 +81,61 @@ def test_every_row_gets_the_token_of_the_numpy_form(native: NativeSampling, voca
     ]
     assert NON_FINITE in expected
     assert vocab == 1 or len(set(expected)) > 2
+
+
+def some_mask(rng: np.random.Generator, vocab: int) -> np.ndarray:
+    """Few allowed tokens, or nearly all, or whole words of one kind; at least one."""
+    allowed = rng.random(vocab) < rng.choice([0.0, 0.001, 0.5, 0.999])
+    if rng.random() < 0.3:
+        allowed = np.repeat(rng.random(-(-vocab // 32)) < 0.5, 32)[:vocab]
+    allowed[rng.integers(0, vocab)] = True
+    bits = np.packbits(np.pad(allowed, (0, -vocab % 32)), bitorder="little")
+    return bits.view(np.uint32)
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_a_masked_row_gets_an_allowed_token_that_of_the_numpy_form(
+    native: NativeSampling, vocab: int
+) -> None:
+    rng = np.random.default_rng(1000 + vocab)
+    rows = 600 if vocab < 3000 else 250
+    logits = some_logits(rng, rows, vocab)
+    draws = [some_draw(rng, vocab) for _ in range(rows)]
+    masks = [some_mask(rng, vocab) if rng.random() < 0.8 else None for _ in draws]
+    for draw, mask in zip(draws, masks, strict=True):
+        if mask is not None:
+            draw.allow(mask)
+    expected = sample(logits, draws)
+    actual = chosen(native, logits, draws)
+    differ = np.flatnonzero(np.array(actual) != expected)
+    assert len(differ) <= (0 if SAME_EXPONENTIALS else rows // 100)
+    for token, mask in zip(expected, masks, strict=True):
+        if mask is not None and token != NON_FINITE:
+            assert mask[token >> 5] >> (token & 31) & 1
+
+
+def test_a_mask_removes_tokens_before_top_k_and_top_p(native: NativeSampling) -> None:
+    """The choice is that of a model that gives the other tokens no probability."""
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        logits = rng.standard_normal((1, 300)).astype(np.float32) * 3
+        mask = some_mask(rng, 300)
+        allowed = np.unpackbits(mask.view(np.uint8), count=300, bitorder="little").astype(bool)
+        params = SamplingParams(
+            temperature=float(rng.choice([0.0, 0.8, 2.0])),
+            top_k=int(rng.choice([0, 1, 5, 100])),
+            top_p=float(rng.choice([1.0, 0.9, 0.5])),
+            min_p=float(rng.choice([0.0, 0.1])),
+            repetition_penalty=float(rng.choice([1.0, 1e-30, 1.5])),
+            logit_bias={3: 50.0},
+            seed=int(rng.integers(1 << 32)),
+        )
+        masked, removed = (Draw(params, [3, 4, 5]) for _ in range(2))
+        masked.allow(mask)
+        without = removed._adjust(logits[0].copy())
+        without[~allowed] = -1e20
+        plain = Draw(msgspec.structs.replace(params, logit_bias={}, repetition_penalty=1.0), [])
+        assert chosen(native, logits, [masked]) == sample(without[np.newaxis], [plain])
 
 
 def test_a_row_depends_neither_on_other_rows_nor_on_threads(library: Kernels) -> None:

@@ -172,14 +172,14 @@ from loraplex_model.checkpoints.chat import ChatTemplate, TextRefused
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 chat = [{"role": "user", "content": "hello"}]
 for source in json.load(sys.stdin):
-    before = time.monotonic()
+    before = time.process_time()
     try:
         end = str(len(ChatTemplate(source, {})._run(chat, None, False, {})))
     except TextRefused as error:
         end = type(error).__name__
     except Exception as error:
         end = f"{type(error).__name__}: {error}"
-    print(json.dumps([end, time.monotonic() - before]), flush=True)
+    print(json.dumps([end, time.process_time() - before]), flush=True)
 # Not ru_maxrss, which begins at the size of the process that started this one.
 [peak] = [line for line in open("/proc/self/status") if line.startswith("VmHWM:")]
 print(json.dumps(int(peak.split()[1])), flush=True)
@@ -200,7 +200,7 @@ def test_templates_without_end_are_refused_within_the_bounds() -> None:
     assert len(lines) == len(ENDLESS) + 1, (run.returncode, run.stderr[-500:], ENDLESS[len(lines)])
     for source, (end, seconds) in zip(ENDLESS, lines[:-1], strict=True):
         assert end in ("TooMuchWork", "TextRefused"), (source[:200], end)
-        assert seconds < 60, source[:200]
+        assert seconds < 60, source[:200]  # of the processor, whatever else runs
     assert lines[-1] < 1 << 20, "KiB"
 
 

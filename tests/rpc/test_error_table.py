@@ -122,6 +122,18 @@ async def prompt_too_long(up: Running, patch: pytest.MonkeyPatch) -> None:
     await up.generation.Generate(ask(*[20] * 600))
 
 
+@raises(Reason.STRUCTURE_INVALID)
+async def structure_invalid(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await up.generation.Generate(ask(structured_output={"regex": "("}))
+
+
+@raises(Reason.STRUCTURE_FAILED)
+async def structure_failed(up: Running, patch: pytest.MonkeyPatch) -> None:
+    hostile = 'start: a{1,100000}\na: b{1,100000}\nb: "x"'
+    on = {"ignore_eos": True}
+    await up.generation.Generate(ask(new=500, stop=on, structured_output={"grammar": hostile}))
+
+
 @raises(Reason.REQUEST_MALFORMED)
 async def request_malformed(up: Running, patch: pytest.MonkeyPatch) -> None:
     await up.channel.unary_unary("/loraplex.v1.GenerationService/Generate")(b"\xff\xff\xff")

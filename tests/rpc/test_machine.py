@@ -47,13 +47,14 @@ VIRTUAL: dict[str, int] = {}
 
 @dataclass(frozen=True)
 class Generate:
-    """A stream; `leave_after` messages the client is gone, or at `deadline` seconds."""
+    """A stream of `n` completions; `leave_after` messages the client is gone, or at `deadline`."""
 
     adapters: tuple[tuple[str, float], ...]
     prompt: tuple[int, ...]
     new: int
     leave_after: int | None
     deadline: float | None
+    n: int = 1
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ generations = st.builds(
     Generate,
     adapters=mixes,
     prompt=st.lists(st.integers(20, 60), min_size=1, max_size=40).map(tuple),
-    new=st.integers(1, 40),
+    new=st.integers(0, 40),
+    n=st.sampled_from([1, 1, 1, 2, 5]),
     leave_after=st.none() | st.none() | st.integers(0, 10),
     deadline=st.none() | st.none() | st.sampled_from([0.001, 0.02]),
 )
@@ -254,9 +256,9 @@ class Story:
     async def generate(self, operation: Generate) -> None:
         """Every token that arrives is the right one for the digests that the stream named."""
         mix = [{"adapter_id": name, "weight": weight} for name, weight in operation.adapters]
-        request = ask(*operation.prompt, new=operation.new, mix=mix)
+        request = ask(*operation.prompt, new=operation.new, mix=mix, n=operation.n)
         call = self.up.generation.GenerateStream(streamed(request), timeout=operation.deadline)
-        events = []
+        events, tokens = [], list[int]()
         while operation.leave_after is None or len(events) < operation.leave_after:
             event = await call.read()
             if event is grpc.aio.EOF:
@@ -269,17 +271,19 @@ class Story:
                     assert seen == [pytest.approx(pair) for pair in operation.adapters]
                 virtual = VIRTUAL.get(state[0][0], 0) if state else 0
                 tokens = expected(list(operation.prompt), operation.new, mix=state, virtual=virtual)
-            got = [token for e in events for token in e.delta.token_ids]
-            if events:
-                assert got == tokens[: len(got)]
+            got: list[list[int]] = [[] for _ in range(operation.n)]
+            for each in events:
+                got[each.delta.index] += each.delta.token_ids
+            assert all(part == tokens[: len(part)] for part in got)
         else:
             call.cancel()
             return
         kinds = [event.WhichOneof("event") for event in events]
         assert kinds[0] == "started"
-        assert kinds.count("finished") == 1
+        ended = [event.finished.index for event in events if event.HasField("finished")]
+        assert sorted(ended) == list(range(operation.n))
         assert kinds[-1] == "finished"
-        assert len(got) == operation.new
+        assert [len(part) for part in got] == [operation.new] * operation.n
 
     def judge(self, operation: object, call: Call, error: grpc.aio.AioRpcError) -> None:
         """Only what somebody did to this call may have gone wrong."""

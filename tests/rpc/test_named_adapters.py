@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loraplex.v1 import adapter_pb2 as pb
+from loraplex_server import cli
 from loraplex_server.commands.program import app
 from loraplex_server.config import Config
 from loraplex_server.config_sources import ConfigError, load
@@ -161,9 +163,13 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     return found
 
 
-def test_the_command_line_of_kserve_is_understood(served: list[Config]) -> None:
-    done = CliRunner().invoke(app, spread(KSERVE))
-    assert done.exit_code == 0, done.output
+def test_the_command_line_of_kserve_is_understood(
+    served: list[Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["loraplex-server", *KSERVE])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
     (config,) = served
     assert (config.max_rank, config.model, config.port) == (16, "/mnt/models", 1)
     assert [each.name for each in config.adapters] == ["a", "publishers/ns/models/a"]

@@ -81,6 +81,9 @@ def requests() -> Iterator[generation_pb2.GenerateRequest]:
     yield make(messages={"messages": [{"role": MESSAGE, "content": MESSAGE}]}, **fields)
     for token in (NONFINITE, FAULT, CRASH):
         yield make(token_ids={"ids": [20, token, 30]}, **fields)
+    scored = {**fields, "stop": {"strings": [STOP], "max_new_tokens": 0}}
+    yield make(prompt=PROMPT, n=3, prompt_logprobs=1, return_prompt_token_ids=True, **scored)
+    yield make(prompt=PROMPT, n=129, **fields)
 
 
 def test_nothing_secret_is_in_what_a_server_writes_or_sends(tmp_path: Path) -> None:
@@ -125,7 +128,10 @@ def test_nothing_secret_is_in_what_a_server_writes_or_sends(tmp_path: Path) -> N
             render = model_pb2.RenderChatRequest(
                 messages={"messages": [{"role": "user", "content": MESSAGE}]}
             )
-            attempt(model_pb2_grpc.ModelServiceStub(channel).RenderChat, render)
+            model = model_pb2_grpc.ModelServiceStub(channel)
+            attempt(model.RenderChat, render)
+            attempt(model.Tokenize, model_pb2.TokenizeRequest(text=PROMPT, with_pieces=True))
+            attempt(model.Detokenize, model_pb2.DetokenizeRequest(token_ids=[20, 1 << 20]))
             with urllib.request.urlopen(f"http://{up.admin}/metrics", timeout=10) as reply:
                 metrics = reply.read()
             up.process.send_signal(signal.SIGTERM)

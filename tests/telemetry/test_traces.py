@@ -262,3 +262,17 @@ async def test_what_is_left_is_exported_before_the_server_ends(
     assert len(collector.call("Generate")) == 1
     exported = metrics.get_sample_value("loraplex_trace_spans_total", {"result": "exported"})
     assert exported == len(collector.spans)
+
+
+async def test_the_span_of_several_completions_is_one_with_the_sums(
+    collector: Collector, tmp_path: Path
+) -> None:
+    async with running(tmp_path, **traced(collector)) as up:
+        await up.generation.Generate(ask(*range(20, 40), new=3, n=4))
+        span = await call_of(collector, "Generate")
+        found = values(span.attributes)
+        assert found["gen_ai.request.choice.count"] == 4
+        assert found["gen_ai.usage.output_tokens"] == 12
+        assert found["gen_ai.usage.input_tokens"] == 20
+        assert found["gen_ai.response.finish_reasons"] == ["length"] * 4
+        assert {"queue", "prefill", "decode"} <= collector.children(span).keys()

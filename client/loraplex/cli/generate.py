@@ -13,7 +13,7 @@ from loraplex.cli.options import option
 from loraplex.cli.session import Session
 from loraplex.cli.terminal import recovered
 from loraplex.requests import GenerateOptions, Message
-from loraplex.results import Completion
+from loraplex.results import Alternative, Completion
 
 _COMPLETION: Mapping[str, Any] = {
     **options.CHAT,
@@ -36,6 +36,10 @@ _COMPLETION: Mapping[str, Any] = {
         "Stop conditions",
         "Print the text of --stop that ended the completion, too.",
         "--include-stop-string",
+    ),
+    "json_object": option("Structured output", "Answer with a JSON object.", "--json-object"),
+    "regex": option(
+        "Structured output", "Answer with a text that the expression matches.", metavar="EXPRESSION"
     ),
     "ignore_eos": option(
         "Stop conditions", "Continue past the end tokens of the model or adapter.", "--ignore-eos"
@@ -60,10 +64,7 @@ def generate(
     ],
     *,
     adapter: options.Adapter = None,
-    mix: Annotated[
-        list[str] | None,
-        option("Model", "One adapter of a weighted mix. Can be repeated.", metavar="ID=WEIGHT"),
-    ] = None,
+    mix: options.Mix = None,
     chat: Annotated[
         bool,
         option("Model", "Treat PROMPT as a user message and apply the chat template.", "--chat"),
@@ -71,22 +72,11 @@ def generate(
     system: options.System = None,
     chat_template_kwarg: options.TemplateVariables = None,
     given: Annotated[GenerateOptions, _COMPLETION],
-    stop: Annotated[
-        list[str] | None,
-        option(
-            "Stop conditions",
-            "End the completion before this text. Can be repeated.",
-            metavar="TEXT",
-        ),
-    ] = None,
-    stop_token_id: Annotated[
-        list[int] | None,
-        option(
-            "Stop conditions",
-            "End the completion before this token. Can be repeated.",
-            metavar="ID",
-        ),
-    ] = None,
+    json_schema: options.JsonSchema = None,
+    choice: options.Choice = None,
+    grammar: options.Grammar = None,
+    stop: options.Stop = None,
+    stop_token_id: options.StopTokenId = None,
     stream: Annotated[
         bool, option("Output", "Print tokens as they are generated.", "--stream/--no-stream")
     ] = True,
@@ -97,6 +87,9 @@ def generate(
         **given,
         "adapter": adapter,
         "mix": _parse_mix(mix or ()),
+        "json_schema": options.read_text(json_schema),
+        "choices": choice,
+        "grammar": options.read_text(grammar),
         "stop": stop,
         "stop_token_ids": stop_token_id,
         "chat_template_kwargs": options.parse_variables(chat_template_kwarg),
@@ -113,8 +106,9 @@ def generate(
 
 
 def _write(completion: Completion) -> None:
-    if completion.alternatives:
-        for number, each in enumerate((completion, *completion.alternatives), 1):
+    parts: list[Completion | Alternative] = [completion, *completion.alternatives]
+    if len(parts) > 1:
+        for number, each in enumerate(parts, 1):
             output.write_text(f"[{number}]\n{each.text}\n")
     else:
         output.write_text(completion.text + "\n")

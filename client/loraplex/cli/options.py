@@ -116,6 +116,54 @@ System = Annotated[
     str | None, option("Model", "System message of the conversation.", metavar="TEXT")
 ]
 
+Mix = Annotated[
+    list[str] | None,
+    option("Model", "One adapter of a weighted mix. Can be repeated.", metavar="ID=WEIGHT"),
+]
+JsonSchema = Annotated[
+    Path | None,
+    option(
+        "Structured output",
+        "Local file of a JSON schema: answer with JSON that is valid by it.",
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+Choice = Annotated[
+    list[str] | None,
+    option(
+        "Structured output",
+        "Answer with one of these texts. Can be repeated.",
+        metavar="TEXT",
+    ),
+]
+Grammar = Annotated[
+    Path | None,
+    option(
+        "Structured output",
+        "Local file of a grammar for Lark or llama.cpp (GBNF): answer with a text of it.",
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+Stop = Annotated[
+    list[str] | None,
+    option(
+        "Stop conditions",
+        "End the completion before this text. Can be repeated.",
+        metavar="TEXT",
+    ),
+]
+StopTokenId = Annotated[
+    list[int] | None,
+    option(
+        "Stop conditions",
+        "End the completion before this token. Can be repeated.",
+        metavar="ID",
+    ),
+]
 
 TemplateVariables = Annotated[
     list[str] | None,
@@ -142,8 +190,13 @@ CHAT: Mapping[str, Any] = {
 
 def read_template(path: Path | None) -> str:
     """Reads the file of a chat template; "" without one. Raises BadParameter."""
+    return read_text(path) or ""
+
+
+def read_text(path: Path | None) -> str | None:
+    """Reads a file as UTF-8; None without one. Raises BadParameter."""
     if path is None:
-        return ""
+        return None
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

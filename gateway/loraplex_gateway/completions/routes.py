@@ -98,7 +98,7 @@ async def _all(calls: list[Call]) -> list[Completion]:
 def _answer(
     body: CompletionRequest, head: Head, completions: list[Completion], echoes: list[Echoed]
 ) -> dict[str, Any]:
-    choices = []
+    choices: list[dict[str, Any]] = []
     generated = 0
     for completion, echo in zip(completions, echoes, strict=True):
         for sample in samples_of(completion):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 from loraplex import AsyncClient, EngineState
@@ -45,7 +45,7 @@ def interval_of(request: Request) -> float:
     return seconds
 
 
-async def _states(client: AsyncClient, interval: float) -> AsyncIterator[bytes]:
+async def _states(client: AsyncClient, interval: float) -> AsyncGenerator[bytes, None]:
     """The states, each as an event, until the server ends the stream or the client leaves."""
     async with client.watch_engine(interval=interval) as states:
         async for state in states:

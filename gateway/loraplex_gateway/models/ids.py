@@ -20,6 +20,7 @@ from collections import OrderedDict
 from typing import Final
 
 from loraplex import AsyncClient, LoraplexError, ModelDescription, PermissionDenied, Unauthenticated
+from loraplex.sources.foreign_ids import name_of
 
 from loraplex_gateway import errors
 
@@ -118,7 +119,11 @@ class ModelIds:
             if errors.of(error).status == 400:
                 return ""  # no label can have this text
             raise
-        found = adapters[0].name if adapters else ""
+        # Several callers can give their adapters the same id; the one that was registered by the
+        # id comes first, so that nobody's label hides it.
+        names = [adapter.name for adapter in adapters]
+        generated, _ = name_of(model) if model.isprintable() else ("", {})
+        found = generated if generated in names else "".join(names[:1])
         if found:  # what is missing may be there a moment later
             self._foreign[place] = time.monotonic() + _SECONDS, found
             self._foreign.move_to_end(place)

@@ -68,7 +68,9 @@ def routes(context: Context) -> list[BaseRoute]:
 
     return [
         Route("/v1/responses", create, methods=["POST"]),
-        Route("/v1/responses/{response}", stored, methods=["GET", "DELETE"]),
+        Route(
+            "/v1/responses/{response}", stored, methods=["GET", "DELETE"], include_in_schema=False
+        ),
     ]
 
 

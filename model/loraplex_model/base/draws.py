@@ -8,7 +8,8 @@ from ctypes import Structure, c_double, c_float, c_int32, c_uint64, c_void_p
 class DrawState(Structure):
     """The struct `Draw` of `decoder/cpu/sampling/row.h`, field by field.
 
-    Whoever fills it keeps the arrays alive that it points to: ids are int64, values float32.
+    Whoever fills it keeps the arrays alive that it points to: ids are int64, values float32, `mask`
+    uint32 (null: all tokens).
     """
 
     _fields_ = (
@@ -20,6 +21,7 @@ class DrawState(Structure):
         ("seen_ids", c_void_p),
         ("counted_ids", c_void_p),
         ("counts", c_void_p),
+        ("mask", c_void_p),
         ("biased", c_int32),
         ("seen", c_int32),
         ("counted", c_int32),

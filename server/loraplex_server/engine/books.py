@@ -35,7 +35,8 @@ def check_books(requests: Collection[Request], scheduler: Scheduler, adapters: A
     for state, place in places.items():
         assert len(place) == states[state], f"a place of a {state.value} request was lost"
         assert all(request.state is state for request in place), "a request is in two places"
-    assert len(scheduler.turns) <= len(scheduler.running), "a request without a place has a turn"
+    waits = len(scheduler.turns) + len(scheduler.turns.held)
+    assert waits <= len(scheduler.running), "a request without a place waits to be sampled"
     pins = Counter(pin.digest for request in requests for pin in request.pins)
     for digest, resident in adapters.slots.residents.items():
         assert resident.refs == pins.pop(digest, 0), "a pin was lost"

@@ -40,12 +40,14 @@ from loraplex_server.engine.messages import (
 from loraplex_server.engine.passes.answers import NOT_FINITE, Answers, ReadPass
 from loraplex_server.engine.passes.choices import Choices
 from loraplex_server.engine.passes.lock_step import LockStep, Passes
+from loraplex_server.engine.passes.masks import Masks
 from loraplex_server.engine.passes.one_ahead import OneAhead
 from loraplex_server.engine.passes.pooling import pool_of
 from loraplex_server.engine.passes.tally import PassTally
 from loraplex_server.engine.reporting import Reporter
 from loraplex_server.engine.runner.protocol import ModelRunner, sampler_of, works_ahead
 from loraplex_server.engine.statistics import BatchView
+from loraplex_server.engine.structures.structures import Structures
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +78,12 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
         loader: Loader | None = None,
         attempts: Announcements | None = None,
+        structures: Structures | None = None,
     ) -> None:
         """`clock` gives the seconds in which deadlines are; `loader` defaults to threads.
 
-        `attempts` announces work on adapters that the process may not survive.
+        `attempts` announces work on adapters that the process may not survive. `structures` makes
+        the constraints of structured output, by default with the runner's tokenizer.
         """
         self._runner = runner
         self._limits = limits or EngineLimits()
@@ -90,7 +94,9 @@ class EngineCore:
         self._rates = WorkRates()
         self._forecast = Forecast(self._scheduler.queue, self._scheduler.costs, self._rates)
         choices = Choices(sampler_of(runner))
-        self._answers = Answers(choices, self._scheduler.turns, clock, self._finish, self._fault)
+        self._structures = structures or Structures(runner.info)
+        turns, masks = self._scheduler.turns, Masks(self._structures)
+        self._answers = Answers(choices, masks, turns, clock, self._finish, self._fault)
         self._passes = self._choose_passes(runner)
         settle_slot = self._passes.settle_slot
         self.adapters = Adapters(
@@ -101,7 +107,8 @@ class EngineCore:
             settle_slot,
             self._limits.adapter_turn,
         )
-        self._reporter = Reporter(self._scheduler, self.adapters, self._tally, clock)
+        take_seconds = self._structures.take_seconds
+        self._reporter = Reporter(self._scheduler, self.adapters, self._tally, clock, take_seconds)
         self._requests: dict[int, Request] = {}
         self._deadlines = Deadlines()
         self._arrivals = 0
@@ -139,6 +146,8 @@ class EngineCore:
         request = Request(submit, order, now, draw)
         request.pool = pool_of(submit)
         request.short_positions = self._runner.info.base.config.short_positions
+        if submit.structure is not None:
+            request.constraint = self._structures.constrain(submit.structure)
         self._requests[submit.id] = request
         if submit.deadline is not None:
             self._deadlines.add(submit.id, submit.deadline)
@@ -208,6 +217,7 @@ class EngineCore:
         read = self._passes.run(begun)
         self._steps += bool(read.rows)
         self._answers.take_turns(read, begun)
+        self._answers.take_masks(read, begun)
         self._note_costs(read)
         if begun - self._checked_at >= CHECK_SECONDS:
             self._checked_at = begun

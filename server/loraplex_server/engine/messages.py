@@ -11,22 +11,10 @@ import msgspec
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason
 
+from loraplex_server.engine.parameters import SamplingParams as SamplingParams
+from loraplex_server.engine.parameters import Structure as Structure
 from loraplex_server.engine.statistics import BatchView, Look
 from loraplex_server.engine.statistics import StepStats as StepStats
-
-
-class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Sampling parameters, validated by the front; see `SamplingParams` of the proto."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
-    seed: int = 0
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
@@ -67,7 +55,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     With `max_new_tokens` 0 only the prompt is computed. `stop_token_ids` includes the EOS ids
     unless they are to be ignored; none is chosen before `min_new_tokens` others. `logprobs` and
     `prompt_logprobs` are numbers of alternatives to report; None reports no log-probabilities.
-    `account`, as a part of that of `principal` if there is one, with its `weight`, pays for tokens;
+    `structure` is what the text must be. `account`, as a part of that of `principal` if there is
+    one, with its `weight`, pays for tokens;
     `priority` orders its requests. Only requests with the same `cache_salt` share keys and values.
     With `pooling`, "last" or "mean", no token is generated: the last output has the final state of
     the prompt's last token, or the mean of all, scaled to length 1 if `unit_length` is set.
@@ -92,6 +81,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     request_id: str = ""
     pooling: str = ""
     unit_length: bool = False
+    structure: Structure | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -235,11 +225,12 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     """One request's part of a step. The last output of a request has a `finish` or an `error`.
 
     `finish` is "stop" or "length". `stop_token` is the token that stopped the request; it is not in
-    `token_ids`. `started` is set on a request's first output, when its prompt has been computed;
-    `base_tokens` is then the number of prompt tokens that the base alone computed, of a request
-    with an activated LoRA, and `cached_tokens` the number of those whose keys and values were found
-    in the KV cache, of any request. `queue_seconds` lasts until its first step, `load_seconds`
-    until its adapters are on the device; 0 if they are there when it arrives. `state` has float32
+    `token_ids`. A text that is complete by its structure stops without one. `started` is set on a
+    request's first output, when its prompt has been computed; `base_tokens` is then the number of
+    prompt tokens that the base alone computed, of a request with an activated LoRA, and
+    `cached_tokens` the number of those whose keys and values were found in the KV cache, of any
+    request. `queue_seconds` lasts until its first step, `load_seconds` until its adapters are on
+    the device; 0 if they are there when it arrives. `state` has float32
     numbers in the machine's byte order, in the last output of a request with `pooling`.
     """
 

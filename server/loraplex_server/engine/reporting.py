@@ -29,11 +29,14 @@ class Reporter:
         adapters: Adapters,
         tally: PassTally,
         clock: Callable[[], float],
+        take_mask_seconds: Callable[[], list[float]],
     ) -> None:
+        """`take_mask_seconds` returns the durations of the masks since it was last called."""
         self._scheduler = scheduler
         self._tally = tally
         self._adapters = adapters
         self._clock = clock
+        self._take_mask_seconds = take_mask_seconds
         self._memory = MemoryGauge(clock)
         self._version = 0
         self._uses = 0
@@ -140,6 +143,7 @@ class Reporter:
             prefix_lookups=prefixes.lookups,
             prefix_hits=prefixes.hits,
             prefix_evictions=prefixes.evictions,
+            mask_seconds=self._take_mask_seconds(),
         )
 
 

@@ -55,6 +55,8 @@ class StepStats(msgspec.Struct, frozen=True):
     """Number of these that used some."""
     prefix_evictions: int = 0
     """Blocks of the prefix cache that were reserved for other content, since the start."""
+    mask_seconds: list[float] = []
+    """Durations of the masks of structured output that were computed since the last step."""
 
 
 class Look(msgspec.Struct, frozen=True, tag="look"):

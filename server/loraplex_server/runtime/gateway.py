@@ -28,6 +28,8 @@ from loraplex_server.runtime.watched import WatchedTask
 from loraplex_server.training import launch as launcher
 
 PACKAGES: Final = ("loraplex_gateway", "starlette", "uvicorn", "httptools", "msgspec")
+METRICS_VARIABLE: Final = "LORAPLEX_GATEWAY_METRICS"
+"""Variable of the gateway with the URL of the server's metrics; "" keeps them away from HTTP."""
 START_SECONDS: Final = 60.0
 """Seconds that the process may take to listen."""
 STOP_SECONDS: Final = 4.0
@@ -184,7 +186,8 @@ def command_of(config: Config, target: str, admin: Address) -> list[str]:
         command += ["--private-key", str(config.tls_key)]
     elif config.insecure:
         command += ["--insecure"]
-    if is_loopback(host) or config.public_metrics:
+    is_shown = is_loopback(host) or config.public_metrics
+    if is_shown and METRICS_VARIABLE not in os.environ:
         local = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - not bound
         where = Address(local.get(admin.host, admin.host), admin.port)
         command += ["--metrics", f"http://{where}/metrics"]

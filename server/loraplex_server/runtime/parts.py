@@ -7,6 +7,7 @@ from pathlib import Path
 
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Store, UploadBounds
+from loraplex_model.checkpoints.tokenizer import TOKENIZER
 
 from loraplex_server.access.audit_log.file import AuditFile
 from loraplex_server.access.audit_log.lines import AuditLog, LoggedAudit
@@ -19,9 +20,12 @@ from loraplex_server.engine.messages import Hello, ModelInfo
 from loraplex_server.engine.process.child import SpawnedEngine
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.exits import ServerExit
+from loraplex_server.forms.checker import FormChecker
+from loraplex_server.forms.process import CHECK_BYTES, CheckSetup
 from loraplex_server.metrics import Metrics
 from loraplex_server.observing import ServerObserver
 from loraplex_server.rpc.calls.access import AccessCheck
+from loraplex_server.rpc.messages.validate import ModelBounds
 from loraplex_server.rpc.server import Address
 from loraplex_server.runtime.failures import needed
 from loraplex_server.runtime.lanes import Lane
@@ -78,6 +82,30 @@ def tokenizer_of(config: Config, model: ModelInfo, context: int, lane: Lane) -> 
         special_tokens_in_messages=config.special_tokens_in_messages,
         chat_template=config.chat_template,
     )
+
+
+def bounds_of(
+    config: Config, model: ModelInfo, context: int, tokenizer: TextTokenizer
+) -> ModelBounds:
+    """What of requests depends on the model, and on what of it is served."""
+    is_structured = config.structured_output and tokenizer.spells_bytes
+    return ModelBounds(
+        model.base.config.vocab_size,
+        context,
+        tokenizer.eos_token_ids,
+        max_structure=int(config.max_structure) if is_structured else 0,
+    )
+
+
+def form_checker_of(config: Config, model: ModelInfo, series: Series) -> FormChecker:
+    """What checks structured output. Nothing is started until there is something to check."""
+    setup = CheckSetup(
+        tokenizer=str(Path(model.tokenizer_path) / TOKENIZER),
+        vocab_size=model.base.config.vocab_size,
+        memory=CHECK_BYTES,
+        eos_token_ids=model.eos_token_ids,
+    )
+    return FormChecker(setup.command(), config.structure_timeout, series)
 
 
 def store_of(config: Config) -> Store:

@@ -54,6 +54,11 @@ class TokenTexts:
             return StreamText(self._tokenizer, prompt, skip_special_tokens)
         return PieceText(self, prompt, skip_special_tokens)
 
+    @property
+    def are_bytes(self) -> bool:
+        """Whether the vocabulary has a token for each byte."""
+        return _is_byte_level(self._form) or self._falls_back
+
     def is_special(self, token: int) -> bool:
         """Whether a token is left out of texts without special tokens."""
         return token in self._special

@@ -106,6 +106,11 @@ class TextTokenizer:
         return self._tokenizer is not None
 
     @property
+    def spells_bytes(self) -> bool:
+        """Whether every token is bytes of text, or a control token, as structured output needs."""
+        return self._token_texts is not None and self._token_texts.are_bytes
+
+    @property
     def eos_tokens(self) -> list[SpeltToken]:
         """`eos_token_ids` with their spellings."""
         return [self.spelt(token) for token in self.eos_token_ids]

@@ -31,7 +31,7 @@ export const watching = {
     const { page } = view;
     const job = await start(view, "corsair");
     await job.getByRole("img", { name: /Loss by step: training loss [\d.]+ at step/ }).waitFor();
-    await job.getByText("Succeeded").waitFor({ timeout: 200_000 });
+    await job.getByText("Succeeded", { exact: true }).waitFor({ timeout: 200_000 });
     await job.getByRole("img", { name: /evaluation loss [\d.]+ at step/ }).waitFor();
     const [body] = view.bodies("/v1/fine_tuning/jobs");
     assert.equal(body.suffix, "corsair");
@@ -48,7 +48,7 @@ export const samples = {
   fakeOnly: true,
   async run({ console: view }) {
     const job = await start(view, "corsair");
-    await job.getByText("Succeeded").waitFor();
+    await job.getByText("Succeeded", { exact: true }).waitFor();
     const table = job.getByRole("table").filter({ hasText: "Before training" });
     await table.getByText("X marks the spot, matey.").waitFor();
     await table.getByText("I do not know.").waitFor();
@@ -63,7 +63,7 @@ export const cancelling = {
     const job = await start(view, "shortlived");
     await job.getByRole("button", { name: "Cancel job" }).click();
     await page.getByRole("dialog").getByRole("button", { name: "Cancel the job" }).click();
-    await job.getByText("Cancelled").waitFor();
+    await job.getByText("Cancelled", { exact: true }).waitFor();
   },
 };
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loraplex_server.engine.batching.fair_queue import Account
     from loraplex_server.engine.batching.prefix_tree import KeptBlock, Root
     from loraplex_server.engine.batching.sampler import Draw
+    from loraplex_server.engine.structures.constraint import Constraint
 
 
 class RequestState(Enum):
@@ -133,6 +134,7 @@ class Request:
         awaits_load: whether some of its adapters were not on the device when it arrived.
         load_seconds: time from its arrival until they were all there; 0 if they were there.
         short_positions: as in the base's `DecoderConfig`; 0 if all sequences are alike.
+        constraint: what its next token may be; None if it may be any.
         account: whom its tokens are charged to; None before it is queued.
         begun: time of its last start on the engine's clock.
         pool: what becomes its vector; None if tokens are generated.
@@ -167,6 +169,7 @@ class Request:
     awaits_load: bool = False
     load_seconds: float = 0.0
     short_positions: int = 0
+    constraint: Constraint | None = None
     account: Account | None = None
     begun: float = 0.0
     charged: int = 0

@@ -7,9 +7,9 @@ A row's token depends on its own logits, parameters, seed and position alone: re
 vocabulary run row by row, so not one bit of the result can depend on the other rows of the batch.
 Only reductions that are exact in any order (largest logit, finiteness) run over all rows at once.
 
-The order of operations is that of Hugging Face `generate`: bias, penalties, temperature, top-k,
-top-p, min-p. Penalties follow vLLM: repetition over prompt and output, presence and frequency over
-the output.
+The order of operations is that of Hugging Face `generate`: bias, penalties, the mask of structured
+output, temperature, top-k, top-p, min-p. Penalties follow vLLM: repetition over prompt and output,
+presence and frequency over the output.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from loraplex_server.engine.messages import Logprobs, SamplingParams
 
 Floats = NDArray[np.float32]
+Bits = NDArray[np.uint32]
+"""One bit for each token of the vocabulary, the lowest bit of each word first."""
 NON_FINITE = -1
 """Returned in place of a token if the row's logits are not all finite."""
 
@@ -32,6 +34,8 @@ _MASK = (1 << 64) - 1
 _SEGMENT = 256
 _HUGE = np.float32(1e30)
 """Larger than any real logit, and still finite after every adjustment."""
+_FORBIDDEN = np.float32(-3e38)
+"""Smaller than every adjusted logit, and finite."""
 _TINY = 1e-37
 """Smallest divisor used; smaller ones would be 0 in float32."""
 _HOT = 2.0
@@ -90,6 +94,7 @@ class Draw:
         "_counts",
         "_index",
         "_is_plain",
+        "_mask",
         "_seen",
         "_state",
         "address",
@@ -112,6 +117,7 @@ class Draw:
         self._seen = _Tokens(prompt) if penalised else None
         counted = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         self._counts = _Tokens() if counted else None
+        self._mask: Bits | None = None
         self.is_costly = params.top_p < 1.0 and params.temperature > _HOT
         self._state = DrawState(
             seed=params.seed & _MASK,
@@ -153,7 +159,15 @@ class Draw:
     @property
     def is_plain_greedy(self) -> bool:
         """Whether the next token is the one with the largest unadjusted logit."""
-        return self._is_plain and self.params.temperature == 0.0
+        return self._is_plain and self._mask is None and self.params.temperature == 0.0
+
+    def allow(self, mask: Bits) -> None:
+        """Restricts the next choices to the tokens whose bits are set, at least one.
+
+        The bits may change later, as long as no choice is being made.
+        """
+        self._mask = mask
+        self._state.mask = mask.ctypes.data
 
     def is_biased(self, ahead: int = 0) -> bool:
         """Whether values are added to the logits of the choice that is `ahead` after the next."""
@@ -206,8 +220,8 @@ class Draw:
         return at if ids is None else int(ids[at])
 
     def _adjust(self, logits: Floats) -> Floats:
-        """Logits [vocab] after bias and penalties; the same array if there are none."""
-        if self._is_plain:
+        """Logits [vocab] after bias, penalties and mask; the same array if there are none."""
+        if self._is_plain and self._mask is None:
             return logits
         logits = logits.clip(-_HUGE, _HUGE)
         logits[self._bias_ids] += self._bias_values
@@ -221,7 +235,11 @@ class Draw:
             ids = self._counts.ids
             logits[ids] -= np.float32(self.params.frequency_penalty) * self._counts.counts
             logits[ids] -= np.float32(self.params.presence_penalty)
-        return logits.clip(-_HUGE, _HUGE, out=logits)
+        logits.clip(-_HUGE, _HUGE, out=logits)
+        if self._mask is not None:
+            bits = np.unpackbits(self._mask.view(np.uint8), count=len(logits), bitorder="little")
+            logits[bits == 0] = _FORBIDDEN
+        return logits
 
 
 def sample(logits: Floats, draws: Sequence[Draw]) -> list[int]:

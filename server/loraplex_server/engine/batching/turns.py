@@ -7,6 +7,8 @@ in, costly sampling may take `SHARE` of the time of the rest of the step. A row 
 its logits and stays out of the forward passes until its turn comes. Turns are first come, first
 served, and every step adds to the time that may be spent, so each row gets its turn. The tokens are
 those of a step without other rows: they depend on the row's logits and seed alone.
+
+A row whose mask of structured output is not computed yet is held in the same way until it is.
 """
 
 from __future__ import annotations
@@ -22,10 +24,15 @@ SHARE = 1 / 3
 
 
 class Turns:
-    """Requests whose logits wait to be sampled, the longest waiting first."""
+    """Requests whose logits wait to be sampled, the longest waiting first.
+
+    Attributes:
+        held: requests that wait for their masks, with their logits [vocab]; they have no turn.
+    """
 
     def __init__(self) -> None:
         self._waiting: dict[Request, Floats] = {}
+        self.held: dict[Request, Floats] = {}
         self._seconds = 0.0
 
     def __len__(self) -> int:
@@ -35,9 +42,14 @@ class Turns:
         """Adds a request that waits for its turn; `logits` [vocab] are copied."""
         self._waiting[request] = logits.copy()
 
+    def hold(self, request: Request, logits: Floats) -> None:
+        """Adds a request that waits for its mask; `logits` [vocab] are copied."""
+        self.held[request] = logits.copy()
+
     def drop(self, request: Request) -> None:
         """Removes a request and its logits. No effect if it does not wait."""
         self._waiting.pop(request, None)
+        self.held.pop(request, None)
 
     def take(self) -> tuple[Request, Floats]:
         """Removes and returns the request whose turn it is, and its logits."""

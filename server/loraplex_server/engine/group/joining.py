@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 from msgspec import structs
 
@@ -16,6 +16,9 @@ OF_THE_STEP: Final = (
     "merged_rows",
 )  # fmt: skip
 """Statistics of one step, which stay those of its engine."""
+
+LISTED: Final = ("mask_seconds",)
+"""The same, as lists."""
 
 SUMMED: Final = (
     "running", "waiting", "free_blocks", "used_blocks", "adapter_bytes", "host_bytes",
@@ -30,7 +33,9 @@ COUNTED: Final = (
 )  # fmt: skip
 """Numbers since an engine started; together they also count those of lost engines."""
 
-NOTHING: Final = StepStats(**dict.fromkeys((*OF_THE_STEP, *SUMMED, *COUNTED), 0))
+_NUMBERS: Final[dict[str, Any]] = dict.fromkeys((*OF_THE_STEP, *SUMMED, *COUNTED), 0)
+
+NOTHING: Final = StepStats(**_NUMBERS)
 
 _STATES: Final = ("host", "loading", "draining", "resident")
 """States of an adapter, the one that decides what callers see last."""

@@ -20,6 +20,7 @@ from loraplex_server.engine.batching.scheduler import BatchRow, Logits
 from loraplex_server.engine.batching.turns import Turns
 from loraplex_server.engine.messages import Failure, Logprobs, Output
 from loraplex_server.engine.passes.choices import Choices
+from loraplex_server.engine.passes.masks import Masks
 from loraplex_server.engine.passes.pooling import Pool
 
 NOT_FINITE = Failure(Reason.NON_FINITE_LOGITS, "the model's output for this request is not finite")
@@ -50,16 +51,18 @@ class Answers:
     def __init__(
         self,
         choices: Choices,
+        masks: Masks,
         turns: Turns,
         clock: Callable[[], float],
         end: Callable[[Request, Failure | None], None],
         on_fault: OnFault,
     ) -> None:
-        """`choices` chooses tokens; `end` ends a request; `on_fault` ends those without a token.
+        """`choices` chooses tokens, among those of `masks`; `end` ends a request.
 
-        These are requests for which choosing a token has failed.
+        `on_fault` ends requests for which choosing a token has failed.
         """
         self._choices = choices
+        self._masks = masks
         self._turns = turns
         self._clock = clock
         self._end = end
@@ -86,8 +89,8 @@ class Answers:
     def commit(self, rows: Sequence[BatchRow], logits: Floats, states: Floats) -> None:
         """Notes the computed tokens, and samples the next token of each completed row.
 
-        Rows for which sampling is costly wait for their turn instead. `states` are those of the
-        rows that want some, in their order.
+        Rows for which sampling is costly wait for their turn instead, and others for their mask.
+        `states` are those of the rows that want some, in their order.
         """
         due: list[Request] = []
         lines: list[int] = []
@@ -102,17 +105,35 @@ class Answers:
             is_sound = not is_all or self.score(row, logits[at : at + row.count])
             if is_sound and row.completes:
                 line = at + (row.count - 1 if is_all else 0)
-                if self._choices.takes_long(row.request.draw):
-                    self._turns.wait(row.request, logits[line])
-                else:
+                if self.can_sample(row.request):
                     due.append(row.request)
                     lines.append(line)
+                else:
+                    self.wait(row.request, logits[line])
             at += row.count if is_all else row.logits is Logits.LAST
         if due:
             self.sample(due, logits, lines)
 
+    def can_sample(self, request: Request) -> bool:
+        """Whether the next token of a request can be chosen now, and in little time."""
+        return self._masks.is_ready(request) and not self._choices.takes_long(request.draw)
+
+    def wait(self, request: Request, logits: Floats) -> None:
+        """Lets a running request wait for its mask or its turn with its `logits` [vocab]."""
+        if self._masks.is_ready(request):
+            self._turns.wait(request, logits)
+        else:
+            self._turns.hold(request, logits)
+
     def sample(self, due: Sequence[Request], logits: Floats, lines: Sequence[int]) -> None:
-        """Gives each request its next token, chosen from its line of `logits`."""
+        """Gives each request its next token, chosen from its line of `logits`.
+
+        Requests that cannot go on by their structure end instead.
+        """
+        if any(request.constraint is not None for request in due):
+            due, lines = self._restricted(due, lines)
+            if not due:
+                return
         try:
             tokens = self._choices.choose(logits, lines, [request.draw for request in due])
             entries = self._entries(due, logits, lines, tokens)
@@ -122,6 +143,23 @@ class Answers:
             return
         for request, token, entry in zip(due, tokens, entries, strict=True):
             self.give(request, token, entry)
+
+    def _restricted(
+        self, due: Sequence[Request], lines: Sequence[int]
+    ) -> tuple[list[Request], list[int]]:
+        """Restricts the choices of requests to their masks, and ends those that have failed.
+
+        Returns the others, with their lines.
+        """
+        alive: list[Request] = []
+        kept: list[int] = []
+        for request, line in zip(due, lines, strict=True):
+            if (failure := self._masks.restrict(request)) is not None:
+                self._end(request, failure)
+            else:
+                alive.append(request)
+                kept.append(line)
+        return alive, kept
 
     def _entries(
         self, due: Sequence[Request], logits: Floats, lines: Sequence[int], tokens: Sequence[int]
@@ -164,6 +202,24 @@ class Answers:
             self.sample([request], logits[np.newaxis], [0])
             began, at = at, self._clock()
             turns.spend(at - began)
+
+    def take_masks(self, read: ReadPass, begun: float) -> None:
+        """Samples held requests whose masks have become ready.
+
+        The step began at `begun` on the engine's clock.
+        """
+        held = self._turns.held
+        if not held:
+            return
+        rows = [row.request for row in (*read.rows, *read.ahead)]
+        self._masks.await_some(held, rows, self._clock() - begun)
+        due = [request for request in held if self._masks.is_ready(request)]
+        for request in [each for each in due if not self.can_sample(each)]:
+            due.remove(request)
+            self.wait(request, held.pop(request))
+        if due:
+            logits = np.stack([held.pop(request) for request in due])
+            self.sample(due, logits, range(len(due)))
 
     def score(self, row: BatchRow, logits: Floats) -> bool:
         """Takes log-probabilities of prompt tokens from `logits`, a line for each token of the row.
@@ -226,9 +282,16 @@ class Answers:
         generated = request.generated
         started = generated == 0
         finish: str | None = None
+        is_stop = token in request.stops
+        is_complete, failure = False, None
+        if request.constraint is not None and request.generates and not is_stop:
+            is_complete, failure = self._masks.advance(request, token)
+        if failure is not None:
+            self._end(request, failure)
+            return
         if not request.generates:
             finish = "length"
-        elif token in request.stops:
+        elif is_stop or is_complete:
             finish = "stop"
         elif generated + 1 == request.submit.max_new_tokens:
             finish = "length"
@@ -238,7 +301,7 @@ class Answers:
             return
         output = Output(
             id=request.id,
-            token_ids=[token] if request.generates and finish != "stop" else [],
+            token_ids=[token] if request.generates and not is_stop else [],
             logprobs=entries,
             prompt_logprobs=request.prompt_logprobs if started else [],
             started=started,
@@ -247,7 +310,7 @@ class Answers:
             queue_seconds=(request.queue_seconds or 0.0) if started else 0.0,
             load_seconds=request.load_seconds if started else 0.0,
             finish=finish,
-            stop_token=token if finish == "stop" else None,
+            stop_token=token if is_stop else None,
         )
         self._outputs.append(output)
         if finish is None:

@@ -12,8 +12,8 @@ on the device, and negative numbers stand for them in the requests.
 A request may end by a stop token in N, by an abort or by its deadline when its row of N + 1 is
 launched already. The result of that row is dropped, which wastes one row
 of one pass. The number of tokens is known in advance, so an end by length wastes nothing. Requests
-whose next token is chosen on the host (biased logits, log-probabilities of new tokens, no end yet)
-take part in every other pass.
+whose next token is chosen on the host (biased logits, log-probabilities of new tokens, structured
+output, no end yet) take part in every other pass.
 
 Memory. The launches run in order, on one stream:
 
@@ -224,12 +224,12 @@ class OneAhead:
                     continue
             if launched.draw != NOWHERE:
                 self._answers.give(request, tokens[launched.draw], [])
-            elif launched.completes and not request.draw.is_costly:
+            elif launched.completes and self._answers.can_sample(request):
                 due.append(request)
                 lines.append(last)
             elif launched.completes and request.state is RequestState.RUNNING:
-                self._scheduler.turns.wait(request, result.lines[last])
-            # A costly row that was preempted meanwhile is computed again before it is chosen.
+                self._answers.wait(request, result.lines[last])
+            # A row that waits and was preempted meanwhile is computed again before it is chosen.
         if due:
             self._answers.sample(due, result.lines, lines)
 
@@ -241,6 +241,8 @@ class OneAhead:
 
 def _is_chosen_on_host(request: Request) -> bool:
     """Whether the host needs the logits from which the request's next token is chosen."""
+    if request.constraint is not None:  # the mask depends on the token before
+        return True
     return request.submit.logprobs is not None or request.draw.is_biased(request.pending)
 
 

@@ -34,6 +34,8 @@ MAX_LOGIT_BIAS: Final = 300
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_STRING_BYTES: Final = 64
 MAX_STOP_TOKENS: Final = 64
+MAX_STRUCTURE_BYTES: Final = 1 << 20
+MAX_CHOICES: Final = 1024
 MAX_REQUEST_ID: Final = 128
 MAX_CACHE_SALT: Final = 128
 MAX_LABELS: Final = 32
@@ -71,6 +73,7 @@ ENTRIES: Final[Mapping[str, int]] = MappingProxyType(
             "SamplingParams.logit_bias": MAX_LOGIT_BIAS,
             "StopConditions.strings": MAX_STOP_STRINGS,
             "StopConditions.token_ids": MAX_STOP_TOKENS,
+            "Choices.texts": MAX_CHOICES,
             "RegisterAdapterRequest.labels": MAX_LABELS,
             "RegisterAdapterRequest.eos_token_ids": MAX_STOP_TOKENS,
             "ListAdaptersRequest.labels": MAX_LABELS,
@@ -115,6 +118,10 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
             "ToolCall.id": MAX_NAME,
             "ToolCall.name": MAX_NAME,
             "ToolCall.arguments": MAX_JSON_BYTES,
+            "StructuredOutput.json_schema": MAX_STRUCTURE_BYTES,
+            "StructuredOutput.regex": MAX_STRUCTURE_BYTES,
+            "StructuredOutput.grammar": MAX_STRUCTURE_BYTES,
+            "Choices.texts": MAX_STRUCTURE_BYTES,
             "StopConditions.strings": MAX_STOP_STRING_BYTES,
             "RegisterAdapterRequest.name": MAX_NAME,
             "RegisterAdapterRequest.path": MAX_PATH_BYTES,

@@ -36,6 +36,7 @@ from loraplex_server.rpc.calls.bounds import (
     MAX_LISTED as MAX_LISTED,
 )
 from loraplex_server.rpc.calls.ids import adapter_id_fault, is_request_id, name_fault
+from loraplex_server.rpc.messages import structured
 
 MAX_LOGPROBS: Final = 20
 MAX_PROMPT_SCORES: Final = 1 << 20
@@ -52,11 +53,15 @@ ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class ModelBounds:
-    """Bounds that the model sets: vocabulary, context length and end-of-sequence ids."""
+    """Bounds that the model sets: vocabulary, context length and end-of-sequence ids.
+
+    `max_structure` is the size of structured output in bytes; 0 if it is not served.
+    """
 
     vocab_size: int
     max_context: int
     eos_token_ids: Sequence[int] = ()
+    max_structure: int = 0
 
 
 class RequestChecks:
@@ -141,6 +146,8 @@ def generate(
     checks.between("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
     if request.cache_salt:
         checks.size("cache_salt", request.cache_salt, MAX_CACHE_SALT)
+    if request.HasField("structured_output"):
+        structured.check(request.structured_output, bounds.max_structure, checks)
     return checks.problems
 
 

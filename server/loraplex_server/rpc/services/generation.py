@@ -21,11 +21,12 @@ from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import Output
 from loraplex_server.fair_weights import account_of
+from loraplex_server.forms.checker import FormChecker
 from loraplex_server.logs import note
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry.registry import Registry
 from loraplex_server.rpc.calls.errors import TABLE, for_client, require
-from loraplex_server.rpc.messages import validate
+from loraplex_server.rpc.messages import structured, validate
 from loraplex_server.rpc.messages.completion import add_logprobs, slices
 from loraplex_server.rpc.messages.slices import extend_in_slices
 from loraplex_server.rpc.services.admission import Admission, Ticket, admitted_deadline
@@ -65,6 +66,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     metrics: Metrics
     bounds: validate.ModelBounds
     stream_writes: int
+    forms: FormChecker
     max_priority: int = MAX_PRIORITY
     ids: Iterator[int] = field(default_factory=itertools.count)
     in_flight: InFlight = field(default_factory=InFlight)
@@ -140,6 +142,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 prompt = await self._prompt(request, adapters, field_path, room)
                 require(validate.scores(request, len(prompt), room, field_path))
                 require(self.admission.unfit(samples, field_path + "n", len(prompt)))
+                structure = await structured.ask(request, self.forms, field_path)
                 allowance.prompt(len(prompt))
                 ticket.wait(len(prompt))
                 call = GenerationCall(
@@ -153,6 +156,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     max_priority=self.max_priority,
                     principal=principal,
                     allowance=allowance,
+                    structure=structure,
                 )
                 async with aclosing(self._run(call, samples, ticket, times)) as events:
                     async for event in events:

@@ -56,6 +56,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             eos_tokens=map(_named, tokenizer.eos_tokens),
             has_tokenizer=tokenizer.has_tokenizer,
             hidden_size=self.model.base.config.hidden_size,
+            has_structured_output=self.bounds.max_structure > 0,
         )
         if (bos := tokenizer.bos_token) is not None:
             model.bos_token.CopyFrom(_named(bos))

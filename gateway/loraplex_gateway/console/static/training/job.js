@@ -39,7 +39,7 @@ export function JobDetails({ id, onChange }) {
         <${StatusBadge} status=${job.status} />
       </div>
       <div class="row">
-        ${job.fine_tuned_model && html`<${TryIt} job=${job} samples=${samples} />`}
+        ${job.fine_tuned_model && html`<${TryIt} job=${job} />`}
         ${
           isActive(job) &&
           html`<button type="button" class="button danger" onClick=${() => setAsks(true)}>Cancel job</button>`
@@ -78,13 +78,11 @@ function useJob(id) {
 }
 
 /** Opens the playground with the base and the new adapter. */
-function TryIt({ job, samples }) {
+function TryIt({ job }) {
   const query = new URLSearchParams([
     ["m", job.model],
     ["m", job.fine_tuned_model],
   ]);
-  const prompt = samples.rows[0]?.prompt;
-  if (prompt) query.set("prompt", prompt);
   return html`<a class="button primary" href=${`${href("playground")}?${query}`}><${Icon} name="run" /> Try it</a>`;
 }
 

@@ -11,6 +11,7 @@ namespace loraplex::sampling {
 
 constexpr int NON_FINITE = -1;
 constexpr float HUGE_LOGIT = 1e30f;  // the largest adjusted logit
+constexpr float FORBIDDEN = -3e38f;  // smaller than every adjusted logit, and finite
 constexpr int SEGMENT = 256;         // weights whose sum is one step of the inversion
 
 // How a request chooses its tokens, and its tokens so far; filled by base/draws.py.
@@ -22,6 +23,7 @@ struct Draw {
   const int64_t* seen_ids;     // tokens of prompt and output that the repetition penalty changes
   const int64_t* counted_ids;  // tokens of the output
   const float* counts;         // and how often each occurred
+  const uint32_t* mask;        // one bit for each token that may be chosen; null: all may
   int32_t biased, seen, counted;
   int32_t top_k;
   float divisor, min_p, log_min_p;  // divisor: the temperature
@@ -107,6 +109,16 @@ inline void adjust(const Draw& draw, const float* x, int n, float* out) {
   change(draw.bias_ids, draw.biased, clip);
   change(draw.seen_ids, draw.seen, clip);
   change(draw.counted_ids, draw.counted, clip);
+}
+
+// Leaves no weight to the tokens whose bits are not set. At least one is set.
+inline void restrict_to(const uint32_t* mask, int n, float* out) {
+  for (int first = 0; first < n; first += 32) {
+    const uint32_t bits = mask[first / 32];
+    if (bits == ~0u) continue;
+    const int count = std::min(32, n - first);
+    for (int i = 0; i < count; i++) out[first + i] = bits >> i & 1 ? out[first + i] : FORBIDDEN;
+  }
 }
 
 // The index at which the running sum of the weights passes the fraction u of the total.
@@ -207,8 +219,9 @@ inline Candidates candidates(const Draw& draw, const float* row, int n, float mo
 inline int32_t choose(const Draw& draw, const float* row, int n, Scratch& scratch, std::vector<double>& ends) {
   float most = largest_finite(row, n);
   if (most != most) return NON_FINITE;
-  if (!draw.plain) {
+  if (!draw.plain || draw.mask) {
     adjust(draw, row, n, scratch.adjusted.data());
+    if (draw.mask) restrict_to(draw.mask, n, scratch.adjusted.data());
     row = scratch.adjusted.data();
     most = largest_finite(row, n);
   }

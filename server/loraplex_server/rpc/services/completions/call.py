@@ -15,10 +15,11 @@ from loraplex_server.access.limits.quotas import Allowance
 from loraplex_server.access.principals import Principal
 from loraplex_server.access.rules import cache_salt
 from loraplex_server.engine.messages import Failure, SamplingParams, Submit
+from loraplex_server.engine.parameters import Structure
 from loraplex_server.fair_weights import account_of
 from loraplex_server.logs import REQUEST_ID
 from loraplex_server.registry.texts import end_tokens
-from loraplex_server.rpc.messages import validate
+from loraplex_server.rpc.messages import structured, validate
 from loraplex_server.rpc.messages.completion import CompletionBuilder
 from loraplex_server.rpc.services.resolve import WeightedAdapter, records, references
 from loraplex_server.rpc.services.timing import GenerationTimes
@@ -48,6 +49,7 @@ class GenerationCall:
     max_priority: int
     principal: Principal
     allowance: Allowance
+    structure: Structure | None = None
 
     @property
     def names(self) -> list[str]:
@@ -63,6 +65,8 @@ class GenerationCall:
         """Path of the request's field that a failure is about."""
         if failure.reason == Reason.PROMPT_TOO_LONG.name:
             return self.field_path + (self.request.WhichOneof("input") or "input")
+        if failure.reason == Reason.STRUCTURE_FAILED.name:
+            return self.field_path + structured.FIELD
         return self.field_path + ("adapter_id" if self.request.adapter_id else "mix")
 
     def submit(self, request_id: int, bounds: validate.ModelBounds, index: int = 0) -> Submit:
@@ -91,6 +95,7 @@ class GenerationCall:
             weight=self.principal.weight,
             cache_salt=cache_salt(self.principal, request.cache_salt),
             request_id=REQUEST_ID.get(),
+            structure=self.structure.ending_with(ends) if self.structure else None,
         )
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Final, TypeVar
+from enum import Enum
+from typing import TypeVar
 
 T = TypeVar("T")
 
-_END: Final = object()
-"""Stands in the queue for the end of a stream."""
+
+class _Mark(Enum):
+    """What stands in the queue beside items."""
+
+    END = "end of a stream"
 
 
 async def interleaved(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
@@ -21,10 +25,10 @@ async def interleaved(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenera
     """
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:
-            async for item in only:
-                yield item
+            async for each in only:
+                yield each
         return
-    items: asyncio.Queue[object] = asyncio.Queue(1)
+    items: asyncio.Queue[T | _Mark] = asyncio.Queue(1)
     begun = asyncio.Event()
     failures: list[Exception] = []
 
@@ -37,7 +41,7 @@ async def interleaved(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenera
                     await items.put(item)
         except Exception as error:
             failures.append(error)
-        await items.put(_END)
+        await items.put(_Mark.END)
 
     pumps = [asyncio.create_task(pump(stream)) for stream in streams]
     left = len(pumps)
@@ -47,11 +51,11 @@ async def interleaved(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenera
             begun.set()
             if failures:
                 raise failures.pop(0)
-            if item is _END:
+            if item is _Mark.END:
                 left -= 1
             else:
-                yield item  # type: ignore[misc]  # whatever is not _END is a T
+                yield item
     finally:
-        for each in pumps:
-            each.cancel()
+        for task in pumps:
+            task.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
