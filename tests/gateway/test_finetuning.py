@@ -103,6 +103,12 @@ async def test_the_whole_way_from_a_file_to_a_model(
             said = await server.generate(token_ids=[20, 21], adapter=found, max_new_tokens=2)
             assert [f"{a.name}@{a.version}" for a in said.adapters] == [adapter]
         assert (await server.get_adapter(name)).labels["team"] == "search"
+        for model in (done.fine_tuned_model, name):
+            reply = await client.chat.completions.with_raw_response.create(
+                model=model, messages=[{"role": "user", "content": "hi"}], max_tokens=2
+            )
+            assert reply.headers["x-loraplex-adapter"].split()[0] == adapter
+            assert reply.parse().model == model
 
         points = [each async for each in client.fine_tuning.jobs.checkpoints.list(done.id)]
         assert [each.step_number for each in points] == [4, 2]
