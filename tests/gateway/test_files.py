@@ -13,9 +13,9 @@ import httpx2
 import openai
 import pytest
 import pytest_asyncio
-from gateway.training import FineTuning, fine_tuning
+from gateway.training import FineTuning, declared, fine_tuning
 from loraplex_gateway.app import build
-from loraplex_gateway.settings import Settings
+from loraplex_gateway.settings import GatewaySettings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -30,13 +30,15 @@ async def up(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[FineTuni
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def client(up: FineTuning) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{up.url}/v1", api_key="any", max_retries=0) as made:
+    async with openai.AsyncOpenAI(
+        base_url=f"{up.url}/v1", api_key="any", max_retries=0, http_client=declared()
+    ) as made:
         yield made
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def http(up: FineTuning) -> AsyncIterator[httpx2.AsyncClient]:
-    async with httpx2.AsyncClient(base_url=up.url, timeout=60) as made:
+    async with declared(base_url=up.url) as made:
         yield made
 
 
@@ -158,7 +160,7 @@ async def test_a_file_that_is_too_large_is_refused_with_the_servers_words(
 
 async def test_a_large_file_takes_little_memory_in_either_direction(up: FineTuning) -> None:
     """In this process, without a client's own memory: the application is called directly."""
-    app = build(Settings(target=str(up.trains.up.server.address)))
+    app = build(GatewaySettings(target=str(up.trains.up.server.address)))
     piece, count = os.urandom(1 << 20), 38
     parts = [b'--B\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n']
     parts += [piece] * count

@@ -11,7 +11,7 @@ import httpx2
 import openai
 import pytest
 import pytest_asyncio
-from gateway.training import BASE, FineTuning, fine_tuning
+from gateway.training import BASE, FineTuning, declared, fine_tuning
 from loraplex import AsyncClient
 from loraplex_gateway.finetuning.names import adapter_name, model_id
 from loraplex_gateway.finetuning.order import BASE_RATE
@@ -30,13 +30,15 @@ async def up(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[FineTuni
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def client(up: FineTuning) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{up.url}/v1", api_key="any", max_retries=0) as made:
+    async with openai.AsyncOpenAI(
+        base_url=f"{up.url}/v1", api_key="any", max_retries=0, http_client=declared()
+    ) as made:
         yield made
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def http(up: FineTuning) -> AsyncIterator[httpx2.AsyncClient]:
-    async with httpx2.AsyncClient(base_url=f"{up.url}/v1", timeout=60) as made:
+    async with declared(base_url=f"{up.url}/v1") as made:
         yield made
 
 
@@ -101,6 +103,12 @@ async def test_the_whole_way_from_a_file_to_a_model(
             said = await server.generate(token_ids=[20, 21], adapter=found, max_new_tokens=2)
             assert [f"{a.name}@{a.version}" for a in said.adapters] == [adapter]
         assert (await server.get_adapter(name)).labels["team"] == "search"
+        for model in (done.fine_tuned_model, name):
+            reply = await client.chat.completions.with_raw_response.create(
+                model=model, messages=[{"role": "user", "content": "hi"}], max_tokens=2
+            )
+            assert reply.headers["x-loraplex-adapter"].split()[0] == adapter
+            assert reply.parse().model == model
 
         points = [each async for each in client.fine_tuning.jobs.checkpoints.list(done.id)]
         assert [each.step_number for each in points] == [4, 2]
@@ -210,7 +218,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "much metadata": ({"metadata": {str(i): "x" for i in range(17)}}, "metadata"),
     "an unknown field": ({"colour": "red"}, "colour"),
     "an unknown option": ({"loraplex": {"colour": "red"}}, "loraplex.colour"),
-    "a wrong option": ({"loraplex": {"learn": "nothing"}}, "learn"),
+    "a wrong option": ({"loraplex": {"learn": "nothing"}}, "loraplex.learn"),
 }  # fmt: skip
 
 

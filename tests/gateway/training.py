@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import httpx2
 import uvicorn
+from gateway.specification import require_declared
 from loraplex_gateway.app import build
-from loraplex_gateway.settings import Settings
+from loraplex_gateway.settings import GatewaySettings
 from rpc.training_jobs import Training, training
 
 TESTS = str(Path(__file__).resolve().parents[1])
@@ -33,7 +35,7 @@ class FineTuning:
 @asynccontextmanager
 async def serving_http(target: str, **settings: Any) -> AsyncIterator[str]:
     """A gateway in a thread of its own, with its own event loop; yields its URL."""
-    app = build(Settings(target=target, served_names=(BASE,), **settings))
+    app = build(GatewaySettings(target=target, served_names=(BASE,), **settings))
     bound = socket.socket()
     bound.bind(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
@@ -61,3 +63,8 @@ async def fine_tuning(folder: Path, **more: Any) -> AsyncIterator[FineTuning]:
             serving_http(str(trains.up.server.address)) as url,
         ):
             yield FineTuning(trains, url)
+
+
+def declared(**options: Any) -> httpx2.AsyncClient:
+    """A client that fails at an answer that gateway/openapi.yaml does not declare."""
+    return httpx2.AsyncClient(timeout=60, event_hooks={"response": [require_declared]}, **options)

@@ -19,18 +19,22 @@ _FIXED: Final = frozenset({"labels", "alias", "replace", "checkpoints"})
 """Options of a job that requests over HTTP do not set."""
 
 PARAMS: Final = {
-    "data": "training_file",
     "data.data_id": "training_file",
-    "eval_data": "validation_file",
+    "data": "training_file",
     "eval_data.data_id": "validation_file",
+    "eval_data": "validation_file",
     "spec.name": "suffix",
     "spec.seed": "seed",
     "spec.epochs": "hyperparameters.n_epochs",
     "spec.batch_size": "hyperparameters.batch_size",
     "spec.optimiser.learning_rate": "hyperparameters.learning_rate_multiplier",
     "delivery.labels": "metadata",
+    "spec.method": "loraplex",
+    "spec.optimiser": "loraplex",
+    "spec": "loraplex",
+    "delivery": "loraplex",
 }
-"""Fields of the HTTP request by those of the server's."""
+"""Fields of the HTTP request by those of the server's, the most exact ones first."""
 
 
 class Hyperparameters(msgspec.Struct, forbid_unknown_fields=True):
