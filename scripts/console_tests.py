@@ -5,7 +5,8 @@
 
 The gateway is one with invented content, or with --real one with a server and the default model,
 where scenarios that need a server that misbehaves are left out. NAME runs the scenarios whose names
-contain it. --screenshots writes the pictures of the documentation into docs/images instead.
+contain it. --screenshots writes the pictures of the documentation into docs/images instead, those
+of the view NAME or all.
 
 Needs Debian's Chromium (`apt-get install chromium`, or another one in $CHROMIUM) and Node; the
 other packages are installed once. The last line of output is one JSON object: the number of

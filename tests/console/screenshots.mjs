@@ -1,7 +1,7 @@
 /**
- * Writes the pictures of the documentation: node screenshots.mjs URL
+ * Writes the pictures of the documentation: node screenshots.mjs URL [VIEW]
  *
- * Each view in both colour schemes, from a server that has the adapters json and pirate.
+ * One view, or each view, in both colour schemes, from a server that has the adapters json and pirate.
  */
 
 import { mkdirSync } from "node:fs";
@@ -21,7 +21,7 @@ const { values, positionals } = parseArgs({
     files: { type: "string" },
   },
 });
-const [url] = positionals;
+const [url, wanted = ""] = positionals;
 
 async function playground(view, save) {
   const { page } = view;
@@ -102,7 +102,9 @@ async function batch(view, save, browser) {
       .click({ timeout: 2000 })
       .catch(() => {});
   }
-  await view.page.waitForTimeout(4000);
+  for (const other of others) await other.page.keyboard.press("Escape");
+  for (const other of others) await other.button("Run Ctrl ↵").click();
+  await view.page.waitForTimeout(1500);
   await save("batch");
   for (const other of others) await other.close();
 }
@@ -113,6 +115,7 @@ const browser = await chromium.launch({
   args: ["--no-sandbox", "--disable-dev-shm-usage"],
 });
 for (const [name, take] of Object.entries({ playground, adapters, training, batch })) {
+  if (!name.includes(wanted)) continue;
   const view = await ConsolePage.open(browser, url, { viewport: SIZE });
   view.page.setDefaultTimeout(WAITS);
   const save = async () => {

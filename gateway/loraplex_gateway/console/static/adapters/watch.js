@@ -24,7 +24,7 @@ function changed(before, event) {
   if (event.adapters) return new Map(event.adapters.map((adapter) => [adapter.name, adapter]));
   const after = new Map(before);
   const { kind, adapter } = event;
-  if (!adapter) return after;
+  if (!adapter?.name) return after;
   const known = after.get(adapter.name);
   if (kind === "deleted") after.delete(adapter.name);
   // Events of older versions, which are resident besides, do not change the row of the current one.

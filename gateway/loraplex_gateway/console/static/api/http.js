@@ -127,6 +127,7 @@ async function send(method, path, { json, body, query = {}, signal, seconds }) {
   }
   if (response.status === 401) keyRefused.set(true);
   if (!response.ok) throw await failureFrom(response);
+  if (path.startsWith("v1/")) keyRefused.set(false);
   return response;
 }
 

@@ -3,6 +3,8 @@
 const SERIES = 8;
 /** @type {Map<string, string>} */
 const given = new Map();
+/** The version of each name that has the name's colour; other versions have their own. */
+const firstVersions = new Map();
 
 /**
  * The class and the variable of a style sheet that hold an adapter's colour.
@@ -11,14 +13,22 @@ const given = new Map();
  * @returns {string} such as "series-3"
  */
 export function seriesOf(adapter) {
-  const name = adapter.includes("+") ? adapter : adapter.replace(/@.*$/, "");
-  if (!name) return "series-base";
-  let found = given.get(name);
+  if (!adapter) return "series-base";
+  const key = keyOf(adapter);
+  let found = given.get(key);
   if (!found) {
     found = `series-${(given.size % SERIES) + 1}`;
-    given.set(name, found);
+    given.set(key, found);
   }
   return found;
+}
+
+/** What has a colour of its own: a name, a further version of it, or a mix. */
+function keyOf(adapter) {
+  const [name, version] = adapter.split("@");
+  if (adapter.includes("+") || version === undefined) return adapter;
+  if (!firstVersions.has(name)) firstVersions.set(name, version);
+  return firstVersions.get(name) === version ? name : adapter;
 }
 
 /**
