@@ -296,10 +296,7 @@ def _structured_output(options: Mapping[str, Any]) -> generation_pb2.StructuredO
         value = _schema_text(value)
     elif name == "choices":
         value = _choices(value)
-    try:
-        return generation_pb2.StructuredOutput(**{name: value})
-    except (TypeError, ValueError) as error:
-        raise invalid(f"structured_output.{name}", str(error)) from None
+    return fill(generation_pb2.StructuredOutput, "structured_output.", **{name: value})
 
 
 def _schema_text(value: object) -> str:

@@ -31,8 +31,8 @@ class Reason(StrEnum):
     PROMPT_TOO_LONG = auto()
     """The prompt leaves no room for a generated token in the model's context."""
     STRUCTURE_INVALID = auto()
-    """What structured output asks for is no valid schema, expression or grammar, cannot be enforced,
-    or is too complex."""
+    """What structured output asks for is no valid schema, expression or grammar, or cannot be
+    enforced, or is too complex."""
     STRUCTURE_FAILED = auto()
     """A completion could not go on as its structured output wants, for lack of a fitting token, or
     because the next token would have taken too much work to find."""

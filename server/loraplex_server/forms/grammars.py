@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 from loraplex_server.forms.form import FormKind, StructureForm
 from loraplex_server.forms.unions import with_tagged_unions
-
-if TYPE_CHECKING:
-    from llguidance import JsonCompileOptions
 
 MOST_NESTING: Final = 100
 """Brackets within brackets. The library's own parsers are recursive."""
@@ -19,7 +16,7 @@ MOST_NESTING: Final = 100
 MOST_SPACE: Final = 64
 """White space in a row between the parts of a JSON text. Models repeat it without end."""
 
-_JSON_OPTIONS: Final[JsonCompileOptions] = {
+_JSON_OPTIONS: Final[Any] = {
     "whitespace_flexible": True,
     "whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{MOST_SPACE}}}",
     "item_separator": ",",
