@@ -282,7 +282,7 @@ class Answers:
         generated = request.generated
         started = generated == 0
         finish: str | None = None
-        is_stop = token in request.stops
+        is_stop = request.generates and token in request.stops
         is_complete, failure = False, None
         if request.constraint is not None and request.generates and not is_stop:
             is_complete, failure = self._masks.advance(request, token)
