@@ -104,10 +104,7 @@ async def answers(address: str, schemas: Sequence[Any], tokens: int, at_once: in
 
 
 async def rate_beside(address: str, tokens: int, seed: int, is_structured: bool) -> float:
-    """Tokens per second of a request beside three others, once all of them decode.
-
-    The median over its tokens, so that a pause of the machine does not count.
-    """
+    """Tokens per second of a request beside three others, once all of them decode."""
     rng = np.random.default_rng(seed)
 
     async def others(client: AsyncClient, started: asyncio.Barrier) -> None:
@@ -132,7 +129,7 @@ async def rate_beside(address: str, tokens: int, seed: int, is_structured: bool)
             if not times:
                 await started.wait()
             times.append(time.perf_counter())
-        return 1.0 / float(np.median(np.diff(times)))
+        return (tokens - 1) / (times[-1] - times[0])
 
     async with AsyncClient(address) as client:
         started = asyncio.Barrier(4)
@@ -143,6 +140,21 @@ async def rate_beside(address: str, tokens: int, seed: int, is_structured: bool)
             for task in beside:
                 task.cancel()
             await asyncio.gather(*beside, return_exceptions=True)
+
+
+async def measured(
+    address: str, schemas: Sequence[Any], args: argparse.Namespace
+) -> tuple[Answers, dict[bool, list[float]]]:
+    """The answers, and the bystander's rates with and without structured output beside it."""
+    found = await answers(address, schemas, args.tokens, args.at_once)
+    print(f"{len(found.stopped)} of {found.asked} answers ended by themselves", flush=True)
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    for seed in range(args.rounds + 1):
+        for kind in (True, False) if seed % 2 else (False, True):
+            rate = await rate_beside(address, args.tokens, seed, kind)
+            if seed:  # the first round warms up
+                rates[kind].append(rate)
+    return found, rates
 
 
 def mask_times(tokenizer: Path, info: BaseInfo, texts: Sequence[tuple[Any, str]]) -> list[float]:
@@ -167,18 +179,11 @@ def main(argv: list[str] | None = None) -> int:
     exit_on_sigterm()
     entries = [json.loads(line) for line in CORPUS.read_text("utf-8").splitlines()]
     schemas = [entry["schema"] for entry in entries if not entry.get("refused")]
-    rates: dict[bool, list[float]] = {True: [], False: []}
     # Each token is sent at once, so that its time is that of its step.
     settings = {"cache": args.cache, "store": args.work / "store", "stream_writes": 0}
     try:
         with Server(settings, args.work / "server.log") as server:
-            found = asyncio.run(answers(server.address, schemas, args.tokens, args.at_once))
-            print(f"{len(found.stopped)} of {found.asked} answers ended by themselves", flush=True)
-            for seed in range(args.rounds + 1):
-                for kind in (True, False) if seed % 2 else (False, True):
-                    rate = asyncio.run(rate_beside(server.address, args.tokens, seed, kind))
-                    if seed:  # the first round warms up
-                        rates[kind].append(rate)
+            found, rates = asyncio.run(measured(server.address, schemas, args))
     except (ServerError, LoraplexError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
