@@ -173,7 +173,7 @@ def of(error: LoraplexError, params: Mapping[str, str] | None = None) -> ApiErro
     if status == 400 and error.violations:
         at_fault = [(param_of(v.field, params or {}), v.description) for v in error.violations]
         param = at_fault[0][0] or None
-        if error.reason == "FIELD_INVALID":
+        if error.reason in ("FIELD_INVALID", "STRUCTURE_INVALID"):
             message = "; ".join(f"{name}: {text}" if name else text for name, text in at_fault)
     retry_after = error.retry_after
     if status == 503 and retry_after is None:

@@ -17,6 +17,7 @@ from loraplex_gateway.chat.request import (
 )
 from loraplex_gateway.chat.stream import ChatStream
 from loraplex_gateway.context import Context
+from loraplex_gateway.generation import structure
 from loraplex_gateway.generation.answers import merged
 from loraplex_gateway.generation.rendering import rendering
 from loraplex_gateway.generation.samples import Call
@@ -38,7 +39,8 @@ def routes(context: Context) -> list[BaseRoute]:
         who = await target(context, client, request, body)
         head = await head_of(context, client, request, body)
         options = merged(options, {**who, "request_id": head.request_id})
-        call = Call(client, body.model, tooling.params(plan, CHAT_PARAMS), **options)
+        names = tooling.params(plan, {**CHAT_PARAMS, **structure.params(body)})
+        call = Call(client, body.model, names, **options)
         if body.stream:
             stream = ChatStream(body, plan, head)
             return EventStream(stream.events(call), stream.headers)

@@ -20,6 +20,7 @@ from loraplex_gateway.completions.request import (
 )
 from loraplex_gateway.completions.stream import CompletionStream
 from loraplex_gateway.context import Context
+from loraplex_gateway.generation import structure
 from loraplex_gateway.generation.answers import Head, merged, usage
 from loraplex_gateway.generation.samples import Call, samples_of
 from loraplex_gateway.generation.target import head_of, target
@@ -72,6 +73,7 @@ def _calls(
 ) -> list[Call]:
     """One call for each prompt; only with several have they ids that differ."""
     calls = []
+    names = {**COMPLETION_PARAMS, **structure.params(body)}
     for i, prompt in enumerate(prompts):
         name = head.request_id if len(prompts) == 1 else f"{head.request_id[:120]}-{i}"
         given: dict[str, Any] = {**options, "request_id": name}
@@ -79,7 +81,7 @@ def _calls(
             given["prompt"] = prompt
         else:
             given["token_ids"] = prompt
-        calls.append(Call(client, body.model, COMPLETION_PARAMS, **given))
+        calls.append(Call(client, body.model, names, **given))
     return calls
 
 

@@ -71,7 +71,7 @@ def options(fields: SamplingFields) -> dict[str, Any]:
 
     Raises ApiError (400) if several forms are asked for.
     """
-    found = [form for form in _forms(fields) if form[2] not in (None, False)]
+    found = [form for form in _forms(fields) if _is_set(form[2])]
     if not found:
         if fields.structured_outputs is not None:
             forms = "json, json_object, regex, choice and grammar"
@@ -82,6 +82,15 @@ def options(fields: SamplingFields) -> dict[str, Any]:
         raise invalid(found[1][0], f"only one form of the answer can be asked for, not {names}")
     param, option, value = found[0]
     return {option: _text(param, value) if option == "json_schema" else value}
+
+
+def params(fields: SamplingFields) -> dict[str, str]:
+    """The server's fields for the form of the answer, and the request's field that set them."""
+    asked = [(param, option) for param, option, value in _forms(fields) if _is_set(value)]
+    if len(asked) != 1:
+        return {}
+    ((param, option),) = asked
+    return {f"structured_output.{option}": param, "structured_output": param, option: param}
 
 
 def schema_text(param: str, schema: Json) -> str:
@@ -135,6 +144,10 @@ def _response_format(given: ResponseFormat | None) -> Iterator[Form]:
     if schema is None:
         raise invalid("response_format.json_schema.schema", "is missing")
     yield "response_format", "json_schema", schema
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False
 
 
 def _text(param: str, value: Any) -> str:
