@@ -109,7 +109,7 @@ def report(prometheus: live.Prometheus, start: float, end: float) -> int:
     rules = [rule for group in prometheus.api("rules")["groups"] for rule in group["rules"]]
     faulty = {rule["name"] for rule in rules for _ in faults(rule, prometheus, start, end)}
     cases, untested = tests_of({rule["name"] for rule in rules})
-    missing = exposition.series_names() - set(prometheus.api("label/__name__/values"))
+    missing = exposition.server_series_names() - set(prometheus.api("label/__name__/values"))
     for name in sorted(missing):
         print(f"never scraped: {name}")
     figures = {

@@ -46,10 +46,20 @@ def gateway_families() -> dict[str, str]:
 
 def series_names() -> set[str]:
     """Every name that a query may use."""
+    return server_series_names() | _names(GatewayMetrics().registry)
+
+
+def server_series_names() -> set[str]:
+    """The names that a scrape of the server has; the gateway's are at its own address."""
     registry = CollectorRegistry()
     Metrics(registry)
-    collected = [*registry.collect(), *GatewayMetrics().registry.collect()]
-    return {family.name + suffix for family in collected for suffix in _SUFFIXES[family.type]}
+    return _names(registry)
+
+
+def _names(registry: CollectorRegistry) -> set[str]:
+    return {
+        family.name + suffix for family in registry.collect() for suffix in _SUFFIXES[family.type]
+    }
 
 
 def mentioned(text: str) -> set[str]:

@@ -36,8 +36,10 @@ def traffic(client: Client) -> None:
         for name in ADAPTERS:
             for _ in client.stream(prompt, adapter=name, max_new_tokens=8, temperature=0.0):
                 pass
-    with contextlib.suppress(LoraplexError):
-        client.generate("the", adapter="unknown")
+    client.generate("the", regex="[a-z ]{1,9}", max_new_tokens=4)
+    for wrong in ({"adapter": "unknown"}, {"regex": "("}):
+        with contextlib.suppress(LoraplexError):
+            client.generate("the", **wrong)
     client.unload_adapter(ADAPTERS[0])  # so that there is something to load again
 
 
@@ -94,7 +96,7 @@ def test_every_series_that_the_documents_list_is_in_the_scrape(watched: Watched)
     names = set(watched.prometheus.api("label/__name__/values"))
     # Nobody is identified here; `make check-observability` looks for these too.
     of_principals = ("loraplex_principal_", "loraplex_quota_")
-    missing = exposition.series_names() - names
+    missing = exposition.server_series_names() - names
     assert not {name for name in missing if not name.startswith(of_principals)}
 
 

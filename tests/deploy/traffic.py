@@ -107,6 +107,7 @@ def use(by: Callers) -> None:
             for _ in by.operator.stream(prompt, adapter=name, max_new_tokens=8, **GREEDY):
                 pass
     by.operator.generate("the", mix={"alpha": 1.0, "beta": 0.5}, max_new_tokens=4, **GREEDY)
+    attempt(by.operator.generate, "the", regex="[a-z ]{1,9}", max_new_tokens=4)
     by.operator.merge_adapter("alpha")
     by.operator.generate("the quick", adapter="alpha", max_new_tokens=4, **GREEDY)
     by.operator.unmerge_adapter("alpha")
@@ -127,6 +128,7 @@ def train(operator: Client, folder: Path) -> None:
 def trouble(by: Callers) -> None:
     """Refusals and failures: of a client, for load, for a limit, of the engine."""
     attempt(by.operator.generate, "the", adapter="unknown")
+    attempt(by.operator.generate, "the", regex="(")
     attempt(by.search.load_adapter, "alpha")
     attempt(by.operator.generate, token_ids=[20, FAULT], max_new_tokens=2)
     attempt(by.operator.generate, token_ids=[20, NONFINITE], max_new_tokens=2)
