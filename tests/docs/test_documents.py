@@ -222,7 +222,8 @@ def test_every_test_that_the_guarantees_name_exists(document: str) -> None:
 
 
 def test_every_file_that_a_document_names_exists() -> None:
-    folders = "adapters|bench|client|deploy|docs|examples|gateway|model|proto|scripts|server|tests|training"
+    folders = "adapters|bench|client|deploy|docs|examples|gateway|model|proto|scripts|server|"
+    folders += "tests|training"
     for document in DOCUMENTS:
         for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", document.read_text()):
             assert (ROOT / name).exists(), f"{document.name}: {name}"
