@@ -26,6 +26,8 @@ endif
 
 # The tests' models are tiny: two threads are enough to expose races, more would slow the tests down.
 TEST_THREADS ?= 2
+# Files of tests run side by side, each with all its tests in one process: SIDE_BY_SIDE= for one after the other.
+SIDE_BY_SIDE ?= -n 2 --dist loadfile
 FUZZ_SECONDS ?= 20
 SOAK_DURATION = $(if $(filter command line,$(origin DURATION)),$(DURATION),300)
 # Arguments for the program that a target runs, for example: make test ARGS='tests/engine -k preempt'
@@ -84,7 +86,7 @@ else
 endif
 
 test: setup model prometheus ## Run the test suite (ARGS='tests/engine -k preempt')
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -rs $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs $(SIDE_BY_SIDE) $(ARGS)
 
 check-observability: setup model prometheus ## Ask a real Prometheus for every query of the dashboards and alerts, after traffic of every kind (about a minute)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_observability.py $(ARGS)
@@ -94,7 +96,7 @@ soak: setup model ## Put clients of every kind on a server for DURATION=300 seco
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python tests/soak/run.py --duration $(SOAK_DURATION) $(ARGS)
 
 test-seams: setup model ## Run the tests of every fault in docs/faults.md, long ones included (under 10 minutes)
-	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python scripts/seams.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/seams.py $(SIDE_BY_SIDE) $(ARGS)
 
 test-security: setup ## Call every method with every kind of credential on a real server (under a minute)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/security_tests.py $(ARGS)
