@@ -18,9 +18,9 @@ export const seeing = {
     const now = page.getByRole("region", { name: "The batch now" });
     await now.getByRole("rowheader", { name: "Base model" }).waitFor();
     await now.getByRole("rowheader", { name: new RegExp(`^${adapters[1]}@`) }).waitFor();
+    await page.getByRole("region", { name: "Memory" }).getByText(adapters[1]).first().waitFor();
     await other.close(); // which ends its requests
     await page.getByText("No request runs or waits").waitFor();
-    await page.getByRole("region", { name: "Memory" }).getByText(adapters[1]).first().waitFor();
     const chart = page.getByRole("img", { name: /Rows of the batch over the last minute/ });
     assert.equal(await chart.locator("canvas").count(), 1);
   },
