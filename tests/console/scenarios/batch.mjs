@@ -34,6 +34,7 @@ export const pausing = {
     await page.locator(".tiles.large").waitFor();
     await view.button("Pause").click();
     await view.button("Continue").waitFor();
+    await page.waitForTimeout(300); // a state may be on its way
     const before = await page.locator(".tiles.large").textContent();
     await page.waitForTimeout(700); // more than two states
     assert.equal(await page.locator(".tiles.large").textContent(), before);
