@@ -218,12 +218,16 @@ def handlers(adapters: Adapters) -> list[tuple[str, str, Handler]]:
         }
         return JSONResponse(answer, 201)
 
+    async def listed(_: Request) -> Response:
+        return JSONResponse({"object": "list", "data": adapters.current()})
+
     async def events(_: Request) -> Response:
         return StreamingResponse(_events(adapters), media_type="text/event-stream")
 
     one = "/v1/adapters/{adapter}"
     return [
         ("GET", "/v1/adapter_events", events),
+        ("GET", "/v1/adapters", listed),
         ("POST", "/v1/adapters", register),
         ("GET", one + "/versions", versions),
         ("POST", one + "/labels", label),

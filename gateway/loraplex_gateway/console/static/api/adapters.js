@@ -45,6 +45,11 @@ const LONG_SECONDS = 600;
 const path = (adapter, part = "") =>
   `v1/adapters/${encodeURIComponent(adapter)}${part && `/${part}`}`;
 
+/** @param {AbortSignal} [signal] @returns {Promise<Adapter[]>} the current versions */
+export async function listAdapters(signal) {
+  return (await call("GET", "v1/adapters", { signal })).data;
+}
+
 /** @param {string} name @param {AbortSignal} [signal] @returns {Promise<Adapter[]>} newest first */
 export async function listVersions(name, signal) {
   return (await call("GET", path(name, "versions"), { signal })).data;

@@ -7,6 +7,9 @@ const AGAIN_SECONDS = 2;
 /**
  * Follows a stream, and opens it again whenever it ends.
  *
+ * A hidden page follows nothing: browsers open few connections to one server, and the page that is
+ * looked at needs them.
+ *
  * @template T
  * @param {((signal: AbortSignal) => AsyncIterable<T>) | null} open null follows nothing
  * @param {(value: T) => void} take gets every value
@@ -20,13 +23,14 @@ export function useStream(open, take, inputs) {
 
   useEffect(() => {
     if (!open) return undefined;
-    const control = new AbortController();
+    let control = new AbortController();
     let timer = 0;
     const follow = async () => {
+      const { signal } = control;
       let error = null;
       let connected = false;
       try {
-        for await (const value of open(control.signal)) {
+        for await (const value of open(signal)) {
           if (!connected) setState({ connected: true, error: null });
           connected = true;
           latest.current(value);
@@ -34,14 +38,24 @@ export function useStream(open, take, inputs) {
       } catch (failure) {
         error = failure;
       }
-      if (control.signal.aborted) return;
+      if (signal.aborted) return;
       setState({ connected: false, error });
       timer = setTimeout(follow, 1000 * AGAIN_SECONDS);
     };
-    follow();
-    return () => {
+    const stop = () => {
       control.abort();
       clearTimeout(timer);
+    };
+    const turn = () => {
+      stop();
+      control = new AbortController();
+      if (!document.hidden) follow();
+    };
+    turn();
+    document.addEventListener("visibilitychange", turn);
+    return () => {
+      document.removeEventListener("visibilitychange", turn);
+      stop();
     };
   }, inputs);
 

@@ -1,9 +1,10 @@
 /** What the engine computes now: rows by adapter, memory, and the last minute of both. */
 
-import { useAdapters } from "../adapters/watch.js";
+import { listAdapters } from "../api/adapters.js";
 import { watchEngine } from "../api/engine.js";
 import { count, percent, rate } from "../app/format.js";
 import { html, useState } from "../app/html.js";
+import { usePolled } from "../app/store.js";
 import { useStream } from "../app/stream.js";
 import { Chart } from "../ui/chart.js";
 import { seriesOf } from "../ui/colours.js";
@@ -13,6 +14,7 @@ import { appended, ratesOf, rowsOf, stackedRows, tokenRates, WINDOW_SECONDS } fr
 import { Memory } from "./memory.js";
 
 const INTERVAL_SECONDS = 0.25;
+const ADAPTERS_SECONDS = 2;
 const WINDOW = [-WINDOW_SECONDS, 0];
 
 export function BatchView() {
@@ -21,7 +23,7 @@ export function BatchView() {
   const take = (state) => setHistory((before) => appended(before, state));
   const open = paused ? null : (signal) => watchEngine(INTERVAL_SECONDS, signal);
   const { error } = useStream(open, take, [paused]);
-  const { adapters } = useAdapters();
+  const adapters = usePolled(listAdapters, { seconds: ADAPTERS_SECONDS }).value ?? [];
   const state = history.at(-1);
 
   return html`<div class="row apart">
