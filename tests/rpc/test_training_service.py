@@ -307,6 +307,26 @@ async def test_cancelling_a_running_job_interrupts_it_and_can_be_repeated(trains
     assert trains.up.metric("training_jobs_ended_total", result="cancelled") >= 1
 
 
+async def test_a_cancel_while_the_end_is_being_recorded_returns_the_end(
+    trains: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = trains.up.server._training
+    end, recording = queue._end, asyncio.Event()
+
+    async def late(*arguments: Any) -> None:
+        recording.set()
+        await asyncio.sleep(0.2)
+        await end(*arguments)
+
+    monkeypatch.setattr(queue, "_end", late)
+    job = await trains.create("step 2", "hold", name="late")
+    await trains.holding(job, 2)
+    first = asyncio.create_task(trains.cancel(job))
+    await recording.wait()
+    assert (await trains.cancel(job)).state == State.TRAINING_JOB_STATE_CANCELLED
+    assert (await first).state == State.TRAINING_JOB_STATE_CANCELLED
+
+
 def with_trainer(trains: Training, patch: pytest.MonkeyPatch, **changes: Any) -> None:
     """Gives the queue a trainer with other settings."""
     queue = trains.up.server._training

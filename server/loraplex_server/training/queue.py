@@ -198,18 +198,22 @@ class JobQueue:
 
     async def cancel(self, job_id: str, owner: str | None = None) -> JobRecord:
         """Cancels a job and returns it once it has ended. Raises Refusal as `get`."""
-        job = self.get(job_id, owner)
-        if job_id in self._waiting:
-            self._waiting.remove(job_id)
-            job = job.change(state=State.CANCELLED, ended=time.time())
-            await self._end(job, 0)
-        elif self._runner is not None and self._runner.job.id == job_id:
-            halting = self._runner.halt(Halt.CANCELLED, self._trainer.patience)
-            await asyncio.shield(asyncio.create_task(halting))
-            while not (job := self._table.get(job_id)).final:
-                if job.state is State.INTERRUPTED:
-                    raise Refusal(Reason.DRAINING, "the server is shutting down")
-                await self._table.change()
+        job, halting = self.get(job_id, owner), False
+        while not job.final:
+            if job_id in self._waiting:
+                self._waiting.remove(job_id)
+                await self._end(job.change(state=State.CANCELLED, ended=time.time()), 0)
+            elif job.state is State.INTERRUPTED:
+                raise Refusal(Reason.DRAINING, "the server is shutting down")
+            else:
+                if not halting and self._runner is not None and self._runner.job.id == job_id:
+                    halting = True
+                    halt = self._runner.halt(Halt.CANCELLED, self._trainer.patience)
+                    await asyncio.shield(asyncio.create_task(halt))
+                # A job that is being queued, or has ended without being recorded yet, changes soon.
+                if not self._table.get(job_id).final:
+                    await self._table.change()
+            job = self._table.get(job_id)
         return job
 
     def _known(self, request: JobRequest) -> JobRecord | None:
