@@ -34,7 +34,7 @@ def adapters_seen(metrics: Metrics) -> set[str]:
 
 def step(**changes: object) -> StepStats:
     zero = dict.fromkeys(StepStats.__struct_fields__, 0)
-    return StepStats(**{**zero, **changes})  # type: ignore[arg-type]
+    return StepStats(**{**zero, "mask_seconds": [], **changes})  # type: ignore[arg-type]
 
 
 def test_ten_thousand_names_make_at_most_the_allowed_labels() -> None:

@@ -67,7 +67,7 @@ GROWTH = {
     "StartUpload", "UploadAdapter", "RegisterAdapter", "ValidateAdapter", "MergeAdapter",
     "CreateJob", "UploadData",
 }  # fmt: skip
-WORK = {"Generate", "GenerateStream", "LoadAdapter", "PinAdapter", "RenderChat"}
+WORK = {"Generate", "GenerateStream", "Embed", "LoadAdapter", "PinAdapter", "RenderChat"}
 
 
 @pytest.mark.parametrize(
