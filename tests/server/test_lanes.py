@@ -116,12 +116,14 @@ def test_no_call_uses_the_executor_that_all_would_share() -> None:
         for file in SERVER.rglob("*.py")
         if any(name in file.read_text() for name in shared)
     }
-    # They use it at the start, for files of the operator and to read how much memory is used: for
-    # work that no client can cause.
+    # They use it at the start and at the end, for files and folders of the operator and to read how
+    # much memory is used: for work that no client can cause.
     assert users <= {
         "access/identity/directory.py",
         "app.py",
+        "declared/directory.py",
         "engine/process/supervisor.py",
+        "runtime/gateway.py",
         "runtime/pressure.py",
     }
 
