@@ -6,6 +6,7 @@ import asyncio
 import socket
 
 import pytest
+from gateway.harness import web
 from loraplex_gateway.serving import CannotListen, listen
 from loraplex_gateway.settings import GatewaySettings
 
@@ -30,3 +31,18 @@ async def test_no_answer_waits_for_the_client_to_acknowledge_the_one_before(host
             assert await asyncio.wait_for(told, 60) != 0
         finally:
             client.close()
+
+
+async def test_only_pages_of_the_named_origins_may_call() -> None:
+    async with web("127.0.0.1:1", compared=False, cors_origins=("https://a.example",)) as found:
+        for origin, is_named in (("https://a.example", True), ("https://b.example", False)):
+            asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            before = await found.http.request("OPTIONS", "/v1/completions", headers=asked)
+            assert (before.status_code == 200) is is_named
+            answer = await found.http.get("/version", headers={"Origin": origin})
+            assert answer.status_code == 200
+            allowed = answer.headers.get("access-control-allow-origin")
+            assert allowed == (origin if is_named else None)
+    async with web("127.0.0.1:1", compared=False) as found:
+        answer = await found.http.get("/version", headers={"Origin": "https://a.example"})
+        assert "access-control-allow-origin" not in answer.headers
