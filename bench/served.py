@@ -70,7 +70,11 @@ class Server:
         """Returns when the server is serving. Raises ServerError."""
         command = [str(Path(sys.executable).with_name("loraplex-server")), "serve"]
         for name, value in self._settings.items():
-            command += [f"--{name.replace('_', '-')}", str(value)]
+            word = name.replace("_", "-")
+            if isinstance(value, bool):
+                command.append(f"--{word}" if value else f"--no-{word}")
+            else:
+                command += [f"--{word}", str(value)]
         self._log.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 
@@ -26,10 +27,15 @@ def samples(folder: Path) -> list[tuple[str, str, float, bool]]:
 
 def largest_difference(folder: Path, base: Path, adapter: Path) -> float:
     """The largest difference of a log-likelihood; infinite if a greediness differs."""
-    from clients.reference import Reference  # seconds, and only for this client
+    from loraplex_model.ops.quiet import quieten_bitsandbytes
 
     told = samples(folder)
-    ours = Reference(base, adapter).of([(context, rest) for context, rest, _, _ in told])
+    quieten_bitsandbytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of transformers
+        from clients.reference import Reference  # seconds, and only for this client
+
+        ours = Reference(base, adapter).of([(context, rest) for context, rest, _, _ in told])
     worst = 0.0
     for (_, _, logprob, greedy), one in zip(told, ours, strict=True):
         worst = max(worst, abs(logprob - one.logprob))

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,10 @@ from clients.environments import CannotInstall  # noqa: E402
 
 ADAPTERS = ROOT / "examples" / "adapters"
 PROOFS = Path(__file__).parent / "proofs"
+SPECIFICATION = ROOT / "gateway" / "openapi.yaml"
 SECONDS = 300
+MOST_DIFFERENCE = 1e-3
+"""Of the sum over a continuation of up to 40 tokens in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
                     try:
                         place = environments.prepared(each, args.work)
                         text = run(each, place, gateway, work)
+                        if each.name == "lm-eval":
+                            difference = compared(work / each.name / "results")
                     except CannotInstall as error:
                         skipped[each.name] = "cannot be installed"
                         print(f"skipped: {each.name}: {error}", flush=True)
@@ -75,10 +81,6 @@ def main(argv: list[str] | None = None) -> int:
                         failed.append(each.name)
                         print(f"FAILED: {each.name}: {error}", flush=True)
                         continue
-                    if each.name == "lm-eval":
-                        difference = lm_eval_results.largest_difference(
-                            work / each.name / "results", base.ensure(), ADAPTERS / "pirate"
-                        )
                     passed.append(each.name)
                     last = text.strip().splitlines()[-1][:100] if text.strip() else ""
                     print(
@@ -102,6 +104,17 @@ class Failed(Exception):
     """A client's program failed; the text is the end of what it printed."""
 
 
+def compared(results: Path) -> float:
+    """The largest difference of a log-likelihood from PEFT's. Raises Failed if it is too large."""
+    try:
+        found = lm_eval_results.largest_difference(results, base.ensure(), ADAPTERS / "pirate")
+    except lm_eval_results.NoResults as error:
+        raise Failed(str(error)) from None
+    if not found <= MOST_DIFFERENCE:
+        raise Failed(f"a log-likelihood differs from PEFT's by {found}")
+    return found
+
+
 @contextmanager
 def served(work: Path, cache: Path) -> Iterator[Gateway]:
     """A server with a gateway and the adapter `pirate`, in float32, which proofs compare."""
@@ -110,13 +123,15 @@ def served(work: Path, cache: Path) -> Iterator[Gateway]:
         "store": work / "store",
         "import_root": ADAPTERS,
         "dtype": "float32",
-        "reflection": "true",
         "gateway": "127.0.0.1:0",
+        "training": True,
+        "training_jobs_dir": work / "jobs",
     }
-    with Server(settings, work / "server.log") as server:
+    folders = {"LORAPLEX_GATEWAY_ADAPTER_ROOT": str(ADAPTERS)}
+    with Server(settings, work / "server.log", environment=folders) as server:
         with Client(server.address) as client:
             client.register_adapter("pirate", "pirate", load=True)
-        yield Gateway(server.gateway, server.address)
+        yield Gateway(server.http, server.address)
 
 
 def run(example: Example, place: Path, gateway: Gateway, work: Path) -> str:
@@ -134,7 +149,7 @@ def run(example: Example, place: Path, gateway: Gateway, work: Path) -> str:
         copy = folder / f"proof_{proof.name}"
         shutil.copy(proof, copy)
         words = environments.command(example, place, copy)
-        words += [f"http://{gateway.http}/v1", str(ROOT / "gateway" / "openapi.yaml")]
+        words += [f"http://{gateway.http}/v1", str(SPECIFICATION), str(ADAPTERS)]
         text += finished(words, place, folder)
     return text
 
@@ -154,9 +169,11 @@ def finished(words: list[str], place: Path, folder: Path) -> str:
         )
         try:
             code = process.wait(SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             code = -1
         output.seek(0)
         text = output.read()

@@ -205,7 +205,9 @@ def test_the_lock_holds_every_direct_dependency_at_an_exact_version() -> None:
             assert name == "loraplex" or name in pinned, requirement
 
 
-@pytest.mark.parametrize("document", ["guarantees.md", "adapters.md", "threats.md"])
+@pytest.mark.parametrize(
+    "document", ["guarantees.md", "adapters.md", "threats.md", "vllm-tests.md"]
+)
 def test_every_test_that_the_guarantees_name_exists(document: str) -> None:
     text = (ROOT / "docs" / document).read_text()
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)

@@ -194,6 +194,27 @@ async def test_log_likelihoods_are_read_as_evaluation_suites_read_them(
     assert verdicts == [True, False]
 
 
+async def test_a_scored_prompt_is_whole_where_the_model_would_end(up: Running, web: Web) -> None:
+    """Suites leave out the last value, which must not be one of the prompt's."""
+    prompt = [20, 21, 22]
+    one = {"token_ids": prompt, "max_new_tokens": 1}
+    (end,) = (await direct(up, adapter="one", **one)).token_ids
+    await up.register("ends", 1, eos_token_ids=[end])
+    assert (await direct(up, adapter="ends", **one)).token_ids == ()
+    asked = body(model="ends", prompt=prompt, max_tokens=1, logprobs=1, echo=True)
+    for stream in (False, True):
+        if stream:
+            told = await web.post(PATH, {**asked, "stream": True})
+            choices = [each["choices"][0] for each in events_of(told.text)]
+        else:
+            choices = (await web.ok(PATH, asked))["choices"]
+        scores = [each["logprobs"]["token_logprobs"] for each in choices if each["logprobs"]]
+        values = [value for part in scores for value in part]
+        assert len(values) == len(prompt) + 1
+        assert values[0] is None
+        assert all(isinstance(value, float) for value in values[1:])
+
+
 async def test_a_prompt_of_one_token_is_scored_too(web: Web) -> None:
     found = await web.ok(PATH, body(prompt=[20], max_tokens=0, echo=True, logprobs=0))
     (choice,) = found["choices"]

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from docs.test_documents import table
 from loraplex_gateway import cli
 from loraplex_gateway.app import build
@@ -28,6 +29,20 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "gateway.md").read_text()
 
 def test_the_specification_is_valid_openapi() -> None:
     OpenAPIV31SpecValidator(specification.document()).validate()
+
+
+def test_no_key_of_the_specification_is_given_twice() -> None:
+    """Readers of YAML take the last one in silence, or refuse the file."""
+    waiting: list[yaml.Node] = [yaml.compose(specification.FILE.read_text("utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value]
+            twice = {key for key in keys if keys.count(key) > 1}
+            assert not twice, f"{node.start_mark}: {twice}"
+            waiting += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
 
 
 def operations() -> set[tuple[str, str]]:
@@ -66,6 +81,8 @@ def test_every_operation_declares_its_errors() -> None:
             assert "500" in found["responses"] or path == "/version", path
             if found.get("requestBody"):
                 assert {"400", "401", "413", "503"} <= found["responses"].keys(), path
+                if "application/json" in found["requestBody"]["content"]:
+                    assert {"408", "415"} <= found["responses"].keys(), path
 
 
 @pytest.mark.parametrize(

@@ -77,4 +77,8 @@ def completion_options(request: CompletionRequest) -> dict[str, Any]:
     if request.scores_prompt:
         found["prompt_logprobs"] = max(request.logprobs or 0, request.prompt_logprobs or 0)
         found["return_prompt_token_ids"] = True
+        if given == 1:
+            # Programs that score prompts ask so. They leave out the last token's value, whichever
+            # token it is, so an end token must be among the tokens like any other.
+            found["ignore_eos"] = True
     return found

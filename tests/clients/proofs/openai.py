@@ -92,7 +92,7 @@ class City(BaseModel):
 
 
 parsed = client.chat.completions.parse(
-    model="SmolLM2-135M-Instruct" if "SmolLM2-135M-Instruct" in models else next(iter(models)),
+    model="default",
     messages=[{"role": "user", "content": "Name a city and its country, shortly."}],
     response_format=City,
     max_tokens=96,
