@@ -231,18 +231,25 @@ async def test_a_form_that_comes_too_slowly_is_given_up(
     monkeypatch.setattr("loraplex_gateway.wire.bodies.SILENT_SECONDS", 0.3)
     server = FakeServer(model=model_pb2.Model(name="fake", max_context=64))
     server.start()
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n"
+        "content-type: multipart/form-data; boundary=x\r\n\r\n"
+    )
     part = b'--x\r\ncontent-disposition: form-data; name="purpose"\r\n\r\n'
 
-    async def dripping() -> AsyncIterator[bytes]:
-        yield part
+    async def drips(writer: asyncio.StreamWriter) -> None:
         while True:
-            yield b"x"
+            writer.write(b"1\r\nx\r\n")
             await asyncio.sleep(0.02)
 
     try:
         async with web(server.target, compared=False) as site:
-            headers = {"content-type": "multipart/form-data; boundary=x"}
-            answer = await site.http.post(path, content=dripping(), headers=headers)
-            assert answer.status_code == 408, answer.text
+            reader, writer = await connect(site)
+            writer.write(head.encode() + f"{len(part):x}\r\n".encode() + part + b"\r\n")
+            dripping = asyncio.create_task(drips(writer))
+            found = await reader.readuntil(b"}}")
+            assert found.startswith(b"HTTP/1.1 408 "), found
+            dripping.cancel()
+            writer.close()
     finally:
         server.stop()
