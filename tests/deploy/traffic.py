@@ -144,12 +144,13 @@ def trouble(by: Callers) -> None:
 
 
 def over_http(gateway: str, key: str) -> None:
-    """Requests to the gateway: a whole answer, a stream, one that is refused."""
+    """Requests to the gateway: a whole answer, a stream, one that is refused, one that fails."""
     asked = {"model": "alpha", "prompt": "the", "max_tokens": 4, "temperature": 0}
     for path, fields in (
         ("/v1/completions", asked),
         ("/v1/completions", {**asked, "stream": True}),
         ("/v1/completions", {**asked, "model": "unknown"}),
+        ("/v1/completions", {**asked, "prompt": [20, FAULT]}),
         ("/nowhere", asked),
     ):
         headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
