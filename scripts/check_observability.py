@@ -3,16 +3,16 @@
 
     python scripts/check_observability.py
 
-Starts a server over the tests' oracle engine and a Prometheus that scrapes it every second, sends
-traffic of every kind (adapters, merges, refusals, training jobs, limits, a lost engine), and then
-evaluates the queries of all panels of all dashboards. Of each rule the health, the series and
-the labels that it matches are looked up, since the expression of an alert that does not fire
-returns nothing. The tests of the rules are run with promtool, and each rule must have one in which
-it fires. The last line of output is one JSON object:
+Starts a server over the tests' oracle engine with a gateway, and a Prometheus that scrapes both
+every second, sends traffic of every kind (adapters, merges, refusals, training jobs, limits, a lost
+engine, requests over HTTP), and then evaluates the queries of all panels of all dashboards. Of each
+rule the health, the series and the labels that it matches are looked up, since the expression of an
+alert that does not fire returns nothing. The tests of the rules are run with promtool, and each
+rule must have one in which it fires. The last line of output is one JSON object:
 
 panels                panels of all dashboards
 panels_without_data   those of which some query returned nothing
-series_without_data   series that the server exports, by its code, and that were never scraped
+series_without_data   series that server and gateway export, by their code, and were never scraped
 rules                 alerting and recording rules
 rules_without_data    those that name a series or a label which there is not
 rule_tests            cases in the tests of the rules
@@ -68,10 +68,14 @@ def main() -> int:
     os.environ["OTEL_BSP_SCHEDULE_DELAY"] = "500"
     with tempfile.TemporaryDirectory() as directory, collecting() as collector:
         folder = Path(directory)
-        given = {**traffic.settings(folder), "otlp_endpoint": collector.endpoint}
+        given = {
+            **traffic.settings(folder),
+            "otlp_endpoint": collector.endpoint,
+            "gateway": "127.0.0.1:0",
+        }
         with (
             live.server(folder, **given) as server,
-            live.prometheus(binary, folder, server.admin) as prometheus,
+            live.prometheus(binary, folder, server.admin, server.gateway) as prometheus,
         ):
             start = time.time()
             drive(folder, server, prometheus)
@@ -80,6 +84,7 @@ def main() -> int:
 
 def drive(folder: Path, server: live.Server, prometheus: live.Prometheus) -> None:
     """Sends traffic of every kind, for some scrapes before and after a crash of the engine."""
+    key = (folder / "operator.key").read_text()
     with traffic.callers(folder, server.target) as callers:
         traffic.prepare(callers.operator)
         traffic.train(callers.operator, folder)
@@ -89,6 +94,7 @@ def drive(folder: Path, server: live.Server, prometheus: live.Prometheus) -> Non
             def enough(before: int = scrapes) -> bool:
                 traffic.use(callers)
                 traffic.trouble(callers)
+                traffic.over_http(server.gateway, key)
                 return live.scraped(prometheus) >= before + SCRAPES
 
             live.wait_for(enough, 120)
@@ -109,7 +115,7 @@ def report(prometheus: live.Prometheus, start: float, end: float) -> int:
     rules = [rule for group in prometheus.api("rules")["groups"] for rule in group["rules"]]
     faulty = {rule["name"] for rule in rules for _ in faults(rule, prometheus, start, end)}
     cases, untested = tests_of({rule["name"] for rule in rules})
-    missing = exposition.server_series_names() - set(prometheus.api("label/__name__/values"))
+    missing = exposition.series_names() - set(prometheus.api("label/__name__/values"))
     for name in sorted(missing):
         print(f"never scraped: {name}")
     figures = {

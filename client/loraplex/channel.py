@@ -64,6 +64,9 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
     # Finds a restarted server within the retries; gRPC's default can take a minute.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 5_000),
+    # A connection for each channel: otherwise all those of a process share one, which the server
+    # allows 256 calls at once.
+    ("grpc.use_local_subchannel_pool", 1),
     # Log-probabilities of a long prompt can exceed gRPC's default of 4 MiB.
     ("grpc.max_receive_message_length", 64 << 20),
 )

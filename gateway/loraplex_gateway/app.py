@@ -30,6 +30,7 @@ from loraplex_gateway.models import routes as models
 from loraplex_gateway.responses import routes as responses
 from loraplex_gateway.settings import GatewaySettings
 from loraplex_gateway.tokens import routes as tokens
+from loraplex_gateway.wire.origins import SiteGuard
 
 PARTS: Final[tuple[Callable[[Context], list[BaseRoute]], ...]] = (
     health.routes,
@@ -62,7 +63,10 @@ def build(settings: GatewaySettings) -> Starlette:
         await context.close()
 
     routes = [route for part in PARTS for route in part(context)]
-    middleware = [Middleware(Observed, metrics=context.metrics)]
+    middleware = [
+        Middleware(Observed, metrics=context.metrics),
+        Middleware(SiteGuard, settings=settings),
+    ]
     if settings.cors_origins:
         middleware.append(
             Middleware(

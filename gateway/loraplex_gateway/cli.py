@@ -81,6 +81,11 @@ Sources = Annotated[
     _option("Prefix of URIs to fetch adapters from; may be repeated.", "allow-source"),
 ]
 MaxUpload = Annotated[int, _option("Most bytes of an adapter.", "max-upload-bytes")]
+Hosts = Annotated[
+    list[str] | None,
+    _option("Name by which callers reach the gateway; may be repeated.", "allowed-host"),
+]
+MaxConnections = Annotated[int, _option("Most connections of callers.", "max-connections")]
 MaxBody = Annotated[int, _option("Largest body of a request, in bytes.", "max-body-bytes")]
 Drain = Annotated[
     float,
@@ -122,6 +127,8 @@ def run(
     allow_source: Sources = None,
     max_upload_bytes: MaxUpload = 4 << 30,
     cors_origin: Origins = None,
+    allowed_host: Hosts = None,
+    max_connections: MaxConnections = 1024,
     max_body_bytes: MaxBody = 8 << 20,
     drain_seconds: Drain = 30.0,
     tool_format: ToolFormat = "",
@@ -146,6 +153,8 @@ def run(
         allow_sources=tuple(allow_source or ()),
         max_upload_bytes=max_upload_bytes,
         cors_origins=tuple(cors_origin or ()),
+        allowed_hosts=tuple(allowed_host or ()),
+        max_connections=max_connections,
         max_body_bytes=max_body_bytes,
         drain_seconds=drain_seconds,
         tool_format=tool_format,

@@ -16,11 +16,15 @@ from typing import Final
 import uvicorn
 from starlette.types import ASGIApp
 
+from loraplex_gateway.connections import BoundedConnection, allow_descriptors
 from loraplex_gateway.settings import GatewaySettings, SettingsError
 
 BACKLOG: Final = 1024
 KEEP_ALIVE_SECONDS: Final = 75
 """Seconds that a connection without a request stays open: longer than most proxies keep theirs."""
+
+_TICKS: Final = 10
+"""Calls of `on_tick` in a second."""
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +68,8 @@ def address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-async def serve(
-    app: ASGIApp, settings: GatewaySettings, listening: socket.socket, ready: Callable[[str], None]
-) -> None:
-    """Serves until SIGTERM or SIGINT, and then until running requests have ended.
-
-    They have `drain_seconds`; a second signal ends the process at once. `ready` is called with
-    HOST:PORT once requests are answered. Raises SettingsError for files of TLS.
-    """
+def server_of(app: ASGIApp, settings: GatewaySettings) -> GatewayServer:
+    """The server of the application. Raises SettingsError for files of TLS."""
     config = uvicorn.Config(
         app,
         ssl_certfile=settings.certificate,
@@ -80,9 +78,10 @@ async def serve(
         log_config=None,
         server_header=False,
         date_header=False,
-        http="httptools",
+        http=BoundedConnection,
         ws="none",
         lifespan="on",
+        limit_concurrency=settings.max_connections + 1,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=round(settings.drain_seconds),
         backlog=BACKLOG,
@@ -91,7 +90,21 @@ async def serve(
         config.load()
     except (OSError, ssl.SSLError) as error:
         raise SettingsError(f"certificate, private_key: cannot be used: {error}") from None
-    server = _Server(config)
+    # A warning for each request that is malformed would let anybody fill the log.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    return GatewayServer(config)
+
+
+async def serve(
+    app: ASGIApp, settings: GatewaySettings, listening: socket.socket, ready: Callable[[str], None]
+) -> None:
+    """Serves until SIGTERM or SIGINT, and then until running requests have ended.
+
+    They have `drain_seconds`; a second signal ends the process at once. `ready` is called with
+    HOST:PORT once requests are answered. Raises SettingsError for files of TLS.
+    """
+    server = server_of(app, settings)
+    allow_descriptors(settings.max_connections)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop, number)
@@ -102,14 +115,25 @@ async def serve(
         saying.cancel()
 
 
-async def _say(server: uvicorn.Server, where: str, ready: Callable[[str], None]) -> None:
+async def _say(server: GatewayServer, where: str, ready: Callable[[str], None]) -> None:
     while not server.started:  # noqa: ASYNC110 - the server sets no event
         await asyncio.sleep(0.005)
     ready(where)
 
 
-class _Server(uvicorn.Server):
-    """A server whose signals are handled outside, so that a drained one exits with code 0."""
+class GatewayServer(uvicorn.Server):
+    """A server that closes late connections.
+
+    Its signals are handled outside, so that a drained one exits with code 0.
+    """
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % _TICKS == 0:
+            now = asyncio.get_running_loop().time()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, BoundedConnection):
+                    connection.close_if_late(now)
+        return await super().on_tick(counter)
 
     def stop(self, number: int) -> None:
         """Begins to drain; at the second signal the process ends."""

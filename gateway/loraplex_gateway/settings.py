@@ -30,6 +30,9 @@ class GatewaySettings:
         metrics: URL of the server's metrics, which `/metrics` passes on; "" for none.
         max_body_bytes: largest request body; uploads have limits of their own.
         cors_origins: origins whose pages may call; "*" for all.
+        allowed_hosts: names by which callers reach the gateway, besides addresses and `localhost`;
+            if none are given, all names are allowed where others can reach it.
+        max_connections: most connections of callers; further ones are closed at once.
         request_seconds: longest time of a request on the server.
         drain_seconds: seconds that running requests have to finish after SIGTERM.
         manages_adapters: whether adapters can be loaded and unloaded over HTTP.
@@ -58,6 +61,8 @@ class GatewaySettings:
     metrics: str = ""
     max_body_bytes: int = 8 << 20
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    max_connections: int = 1024
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
     manages_adapters: bool = True
@@ -85,9 +90,11 @@ class GatewaySettings:
             raise SettingsError(f"tool_format: {self.tool_format} is not one of {known}")
         if self.max_body_bytes < 1:
             raise SettingsError("max_body_bytes: must be at least 1")
+        if not 1 <= self.max_connections <= 1 << 20:
+            raise SettingsError("max_connections: must be 1 to 1048576")
         if not 0 <= self.drain_seconds <= 86_400:
             raise SettingsError("drain_seconds: must be 0 to 86400")
-        if self.certificate is None and not self.insecure and not _is_loopback(self.host):
+        if self.certificate is None and not self.insecure and not is_loopback(self.host):
             raise SettingsError(
                 f"host: {self.host} can be reached by others, and HTTP would not be encrypted; "
                 "give certificate and private_key, or insecure if something in front encrypts"
@@ -98,7 +105,8 @@ class GatewaySettings:
             raise SettingsError(f"adapter_root: {self.adapter_root} is not a folder")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
     if host == "localhost":
         return True
     try:

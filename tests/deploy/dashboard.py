@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy" / "grafana" / "dashboards"
 DASHBOARD = FOLDER / "loraplex.json"
 TENANTS = FOLDER / "loraplex-tenants.json"
-ALL = (DASHBOARD, TENANTS)
+GATEWAY = FOLDER / "loraplex-gateway.json"
+ALL = (DASHBOARD, TENANTS, GATEWAY)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,16 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from deploy.dashboard import ROOT
 from rpc.harness import config_for
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Where a started server answers."""
+    """Where a started server answers; `gateway` is "" without one."""
 
     target: str
     admin: str
+    gateway: str = ""
 
 
 @contextmanager
@@ -64,7 +66,8 @@ def server(folder: Path, **settings: Any) -> Iterator[Server]:
         words = process.stdout.readline().split()
         if words[:2] != ["ready:", "grpc"]:
             raise RuntimeError("no server: " + (folder / "server.log").read_text()[-4000:])
-        yield Server(words[2], words[4])
+        found = dict(zip(words[1::2], words[2::2], strict=False))
+        yield Server(words[2], words[4], found.get("http", ""))
     finally:
         process.terminate()
         process.wait(60)
@@ -92,15 +95,15 @@ class Prometheus:
 
 
 @contextmanager
-def prometheus(binary: str, folder: Path, target: str) -> Iterator[Prometheus]:
-    """Scrapes `target` every second, with the repository's own alerts loaded."""
+def prometheus(binary: str, folder: Path, target: str, gateway: str = "") -> Iterator[Prometheus]:
+    """Scrapes `target`, and a `gateway`, every second, with the repository's own alerts loaded."""
     rules = ROOT / "deploy" / "prometheus" / "alerts.yml"
     (folder / "prometheus.yml").write_text(
         "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"
         f"rule_files: [{json.dumps(str(rules))}]\n"
         "scrape_configs:\n"
         "  - job_name: loraplex\n"
-        f"    static_configs: [{{targets: [{json.dumps(target)}]}}]\n"
+        f"    static_configs: [{{targets: [{json.dumps(target)}]}}]\n" + _of_gateway(gateway)
     )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -132,6 +135,15 @@ def prometheus(binary: str, folder: Path, target: str) -> Iterator[Prometheus]:
     finally:
         process.terminate()
         process.wait(60)
+
+
+def _of_gateway(address: str) -> str:
+    """The job of the gateway as the repository's own configuration has it, for this address."""
+    if not address:
+        return ""
+    given = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
+    (job,) = [each for each in given["scrape_configs"] if each["job_name"] == "loraplex-gateway"]
+    return f"  - {json.dumps({**job, 'static_configs': [{'targets': [address]}]})}\n"
 
 
 def scraped(prometheus: Prometheus) -> int:

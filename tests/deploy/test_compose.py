@@ -169,12 +169,18 @@ def test_every_other_service_says_whether_it_is_healthy(compose: dict[str, Any])
 
 def test_prometheus_scrapes_the_server_of_either_profile(compose: dict[str, Any]) -> None:
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
-    (job,) = config["scrape_configs"]
-    ((target,),) = [group["targets"] for group in job["static_configs"]]
-    host, _, port = target.partition(":")
-    for name in PROFILES.values():
-        assert host in compose["services"][name]["networks"]["default"]["aliases"]
-    assert port in last(stages()["cpu"], "EXPOSE").split()
-    assert job["job_name"] in re.findall(
-        r'job="(\w+)"', (DEPLOY / "prometheus" / "alerts.yml").read_text()
-    )
+    alerts = (DEPLOY / "prometheus" / "alerts.yml").read_text()
+    jobs = config["scrape_configs"]
+    assert [job["job_name"] for job in jobs] == ["loraplex", "loraplex-gateway"]
+    for job in jobs:
+        ((target,),) = [group["targets"] for group in job["static_configs"]]
+        host, _, port = target.partition(":")
+        for name in PROFILES.values():
+            service = compose["services"][name]
+            assert host in service["networks"]["default"]["aliases"]
+            if job["job_name"] == "loraplex-gateway":
+                assert port == service["environment"]["LORAPLEX_GATEWAY"].rpartition(":")[2]
+                assert host in service["environment"]["LORAPLEX_GATEWAY_ALLOWED_HOST"].split()
+            else:
+                assert port in last(stages()["cpu"], "EXPOSE").split()
+        assert job["job_name"] in re.findall(r'job="([\w-]+)"', alerts)

@@ -35,7 +35,7 @@ def test_every_series_of_the_server_is_on_a_dashboard() -> None:
             shown |= exposition.mentioned(query.expr)
     missing = {
         family
-        for family, kind in exposition.families().items()
+        for family, kind in (exposition.families() | exposition.gateway_families()).items()
         if not any(
             name == family or (kind == "histogram" and name.startswith(family)) for name in shown
         )

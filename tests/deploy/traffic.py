@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -138,6 +141,24 @@ def trouble(by: Callers) -> None:
         options = {"max_new_tokens": 60, "ignore_eos": True, **GREEDY}
         for _ in range(24):
             pool.submit(attempt, by.operator.generate, "the lazy dog", **options)
+
+
+def over_http(gateway: str, key: str) -> None:
+    """Requests to the gateway: a whole answer, a stream, one that is refused, one that fails."""
+    asked = {"model": "alpha", "prompt": "the", "max_tokens": 4, "temperature": 0}
+    for path, fields in (
+        ("/v1/completions", asked),
+        ("/v1/completions", {**asked, "stream": True}),
+        ("/v1/completions", {**asked, "model": "unknown"}),
+        ("/v1/completions", {**asked, "prompt": [20, FAULT]}),
+        ("/nowhere", asked),
+    ):
+        headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+        request = urllib.request.Request(
+            f"http://{gateway}{path}", json.dumps(fields).encode(), headers
+        )
+        with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(request) as reply:
+            reply.read()
 
 
 def crash(operator: Client) -> None:

@@ -72,7 +72,7 @@ async def http_to(
         app.router.lifespan_context(app),
         httpx2.AsyncClient(
             transport=transport,
-            base_url="http://gateway",
+            base_url="http://127.0.0.1",
             headers=headers,
             timeout=60,
             event_hooks={"response": [require_declared]},

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
-import uvicorn
 from loraplex.requests import GenerateOptions
 from loraplex_gateway import serving
 from loraplex_gateway.app import build
@@ -101,11 +100,7 @@ async def web(target: str, compared: bool = True, **settings: Any) -> AsyncItera
     given = GatewaySettings(**{"port": 0, "target": target, "served_names": (BASE,), **settings})
     app = build(given)
     listening = serving.listen(given)
-    config = uvicorn.Config(
-        app, http="httptools", ws="none", log_config=None, access_log=False, lifespan="on"
-    )
-    server = uvicorn.Server(config)
-    server.capture_signals = nullcontext  # type: ignore[method-assign,assignment]
+    server = serving.server_of(app, given)
     serving_task = asyncio.create_task(server.serve(sockets=[listening]))
     while not server.started:  # noqa: ASYNC110 - the server sets no event
         await asyncio.sleep(0.005)

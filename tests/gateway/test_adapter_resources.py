@@ -13,8 +13,8 @@ import pytest
 from gateway.adapter_gateway import Gateway, checked, gateway
 from loraplex import AdapterInfo, AsyncClient
 from loraplex.v1 import adapter_pb2 as pb
-from loraplex_gateway.adapters import uploading
 from loraplex_gateway.adapters.reading import changes
+from loraplex_gateway.wire import bodies
 from rpc.harness import write_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -162,7 +162,7 @@ async def test_an_upload_is_bounded_whether_it_says_its_length_or_not(tmp_path: 
 async def test_a_sender_who_falls_silent_is_given_up(
     site: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploading, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(bodies, "SILENT_SECONDS", 0.05)
 
     async def silent() -> AsyncIterator[bytes]:
         yield b"--x\r\n"

@@ -39,6 +39,18 @@ def test_the_page_names_no_other_origin_and_no_inline_code() -> None:
     assert not re.search(r"<script(?![^>]*\ssrc=)", markup)
 
 
+def test_no_script_makes_markup_or_code_of_a_text() -> None:
+    for path in OWN:
+        if path.suffix not in (".js", ".mjs", ".html"):
+            continue
+        found = re.findall(
+            r"\b(?:innerHTML|outerHTML|insertAdjacentHTML|dangerouslySetInnerHTML|srcdoc|"
+            r"eval\(|createContextualFragment|DOMParser|document\.write|new Function|javascript:)",
+            path.read_text("utf-8"),
+        )
+        assert not found, path
+
+
 def test_every_import_and_link_names_a_file() -> None:
     for path in OWN:
         text = path.read_text("utf-8")

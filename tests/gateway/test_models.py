@@ -129,6 +129,30 @@ async def test_what_a_caller_does_not_see_does_not_exist(
     assert (await shop.web.post(CHAT, body(PATH), key="red")).status_code == 200
 
 
+@pytest.mark.parametrize("form", ["{}", "main:{}"])
+@pytest.mark.parametrize(("foreign", "missing"), [("two", "nobody"), (HUB, "org/nothing")])
+async def test_a_foreign_id_costs_the_same_calls_as_a_missing_one(
+    shop: Shop, form: str, foreign: str, missing: str
+) -> None:
+    def calls() -> dict[tuple[str, ...], float]:
+        return {
+            tuple(sorted(sample.labels.items())): sample.value
+            for family in shop.up.server.metrics.registry.collect()
+            for sample in family.samples
+            if sample.name == "loraplex_requests_total"
+        }
+
+    await shop.web.ok(CHAT, body(PATH), key="red")  # so that the gateway knows the base
+    made = []
+    for model in (foreign, missing, foreign, missing):
+        await shop.web.ok(CHAT, body(HUB), key=OPS)
+        before = calls()
+        await shop.web.refused(CHAT, body(form.format(model)), 404, key="red")
+        made.append({k: n - before.get(k, 0) for k, n in calls().items() if n != before.get(k)})
+    assert made[0]
+    assert all(each == made[0] for each in made)
+
+
 async def test_who_must_not_list_adapters_uses_them_by_name_alone(shop: Shop) -> None:
     assert (await shop.web.post(CHAT, body("two"), key="plain")).status_code == 200
     await shop.web.refused(CHAT, body(HUB), 404, key="plain")

@@ -35,7 +35,7 @@ async def raw(web: Web, path: str, body: Any) -> tuple[asyncio.StreamReader, asy
     reader, writer = await asyncio.open_connection(host, int(port))
     data = json.dumps(body).encode()
     head = (
-        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         f"content-length: {len(data)}\r\n\r\n"
     )
     writer.write(head.encode() + data)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import struct
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from gateway.test_process import beside
 from loraplex.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
@@ -153,6 +155,89 @@ def test_nothing_secret_is_in_what_a_server_writes_or_sends(tmp_path: Path) -> N
         (place, canary)
         for place, content in places.items()
         for canary in (PROMPT, MESSAGE, STOP, SALT, secret, secret[:-1], WEIGHT.decode())
+        if canary.encode() in content or json.dumps(canary)[1:-1].encode() in content
+    ]
+    assert not found
+
+
+def bodies() -> Iterator[tuple[str, dict[str, Any]]]:
+    """HTTP requests with secrets: right ones, wrong ones, and some at which the engine fails."""
+    said = [{"role": "user", "content": MESSAGE}]
+    common = {"max_tokens": 4, "temperature": 0, "stop": [STOP], "cache_salt": SALT}
+    chat, text = "/v1/chat/completions", "/v1/completions"
+    for stream in (False, True):
+        fields = {**common, "stream": stream}
+        for model in ("oracle", "canary", "nobody", "org/nothing"):
+            yield chat, {"model": model, "messages": said, **fields}
+            yield text, {"model": model, "prompt": PROMPT, **fields}
+        yield text, {"model": "oracle", "prompt": PROMPT * 4000, **fields}
+        yield text, {"model": "oracle", "prompt": PROMPT, **{**fields, "temperature": -1}}
+        yield chat, {"model": "oracle", "messages": [{"role": MESSAGE, "content": []}], **fields}
+        yield chat, {"model": "oracle", "messages": said, "tools": [{PROMPT: 1}], **fields}
+        for token in (NONFINITE, FAULT, CRASH):
+            yield text, {"model": "oracle", "prompt": [20, token, 30], **fields}
+    yield "/v1/responses", {"model": "oracle", "input": PROMPT, "store": False}
+    yield "/v1/embeddings", {"model": "oracle", "input": PROMPT}
+    yield "/tokenize", {"model": "oracle", "prompt": PROMPT}
+    yield chat, {"model": "oracle", "messages": PROMPT}
+    yield "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "hf://canary/x"}
+
+
+def test_nothing_secret_is_in_what_a_gateway_and_its_server_write_or_send(tmp_path: Path) -> None:
+    (tmp_path / "principals.toml").write_text(PRINCIPALS)
+    _, key = KeyFile(tmp_path / "keys.json").add("search")
+    canary_adapter(tmp_path / "import" / "good")
+    errors: list[str] = []
+
+    def post(url: str, path: str, data: bytes, kind: str, credential: str) -> None:
+        headers = {"content-type": kind, "authorization": f"Bearer {credential}"}
+        call = urllib.request.Request(url + path, data, headers)
+        try:
+            with urllib.request.urlopen(call, timeout=30) as reply:
+                answer = reply.read()
+        except urllib.error.HTTPError as error:
+            answer = error.read()
+            errors.append(f"{error.headers} {answer.decode()}")
+        errors.extend(line for line in answer.decode().splitlines() if '"error":' in line)
+
+    with collecting() as collector:
+        settings = {
+            "principals": tmp_path / "principals.toml",
+            "keys": tmp_path / "keys.json",
+            "audit_log": tmp_path / "audit.jsonl",
+            "log_level": "debug",
+            "otlp_endpoint": collector.endpoint,
+        }
+        with beside(tmp_path, **settings) as (process, url, log):
+            load = {"lora_name": "canary", "lora_path": "good"}
+            post(url, "/v1/load_lora_adapter", json.dumps(load).encode(), "application/json", key)
+            for path, body in bodies():
+                for credential in (key, key[:-1] + "~"):
+                    post(url, path, json.dumps(body).encode(), "application/json", credential)
+            post(url, "/v1/completions", b"{" + PROMPT.encode(), "application/json", key)
+            post(url, "/v1/completions", PROMPT.encode(), "text/plain", key)
+            form = f'--x\r\ncontent-disposition: form-data; name="file"\r\n\r\n{PROMPT}'
+            for path in ("/v1/files", "/v1/adapters"):
+                post(url, path, form.encode(), "multipart/form-data; boundary=x", key)
+            with urllib.request.urlopen(f"{url}/metrics", timeout=10) as reply:
+                metrics = reply.read()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+    places = {
+        "log": "".join(log).encode(),
+        "audit log": (tmp_path / "audit.jsonl").read_bytes(),
+        "metrics": metrics,
+        "traces": b"".join(collector.requests),
+        "errors": "".join(errors).encode(),
+    }
+    assert len(errors) > 30
+    assert b"loraplex_gateway_requests_total{" in metrics
+    assert all(places.values()), {name: len(content) for name, content in places.items()}
+    secret = key.rpartition("_")[2]
+    found = [
+        (place, canary)
+        for place, content in places.items()
+        for canary in (PROMPT, MESSAGE, STOP, SALT, secret, secret[:-1])
         if canary.encode() in content or json.dumps(canary)[1:-1].encode() in content
     ]
     assert not found

@@ -25,9 +25,6 @@ from loraplex_gateway.context import Context
 from loraplex_gateway.errors import ApiError
 from loraplex_gateway.wire import bodies
 
-SILENT_SECONDS: Final = 60.0
-"""Silence after which an upload is given up."""
-
 _MOST_FILES: Final = 64
 _MOST_FIELDS: Final = 16
 _ROLES: Final = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE}
@@ -103,16 +100,8 @@ async def _parsed(request: Request, most: int) -> FormData:
 
 async def _bounded(request: Request, most: int) -> AsyncGenerator[bytes, None]:
     """The body in pieces. Raises ApiError: too many bytes, or none for too long."""
-    count, pieces = 0, aiter(request.stream())
-    while True:
-        try:
-            async with asyncio.timeout(SILENT_SECONDS):
-                piece = await anext(pieces)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            text = f"nothing was received for {SILENT_SECONDS:g} s"
-            raise ApiError(408, text, should_retry=False) from None
+    count = 0
+    async for piece in bodies.pieces_of(request):
         count += len(piece)
         if count > most:
             raise _too_large(most)

@@ -10,9 +10,10 @@ from typing import Final
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from loraplex_gateway.errors import ApiError
+from loraplex_gateway.wire.bodies import pieces_of
 
 _DISCARDED_BYTES: Final = 64 << 20
 _DISCARD_SECONDS: Final = 5.0
@@ -39,7 +40,7 @@ class FileForm:
             raise ApiError(400, "send the file as multipart/form-data, in a part named `file`")
         self.fields: dict[str, str] = {}
         self.filename = ""
-        self._body = request.stream()
+        self._body = pieces_of(request)
         self._parser = MultipartParser(
             boundary,
             {
@@ -80,7 +81,7 @@ class FileForm:
     async def discard(self) -> None:
         """Reads on for a while without looking: many clients send everything before they listen."""
         left = _DISCARDED_BYTES
-        with suppress(TimeoutError, ClientDisconnect):
+        with suppress(TimeoutError, ApiError):
             async with asyncio.timeout(_DISCARD_SECONDS):
                 async for chunk in self._body:
                     left -= len(chunk)
@@ -89,11 +90,8 @@ class FileForm:
 
     async def _advance(self) -> bool:
         """Parses the next bytes of the body; False at its end."""
-        try:
-            chunk = await anext(self._body, b"")
-        except ClientDisconnect:
-            raise ApiError(499, "the client closed the connection") from None
-        if not chunk:
+        chunk = await anext(self._body, None)
+        if chunk is None:
             return False
         try:
             self._parser.write(chunk)

@@ -105,7 +105,6 @@ class FileRoutes:
         headers = {
             "content-length": str(described.size_bytes),
             "content-disposition": "attachment",
-            "x-content-type-options": "nosniff",
         }
         body = _pieces(first, pieces)
         return StreamingResponse(body, headers=headers, media_type="application/octet-stream")

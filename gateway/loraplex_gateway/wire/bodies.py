@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
@@ -56,8 +56,38 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
 BODY_SECONDS: Final = 60.0
 """Seconds that a body may take to arrive."""
 
+SILENT_SECONDS: Final = 60.0
+"""Silence after which a form is given up."""
+
+LEAST_RATE: Final = 1024
+"""Bytes in a second that a form must have on average, after the first SILENT_SECONDS."""
+
 _PATH: Final = re.compile(r" - at `\$\.?(.*)`$")
 _MISSING: Final = re.compile(r"missing required field `(.*?)`")
+
+
+async def pieces_of(request: Request) -> AsyncGenerator[bytes, None]:
+    """The body of a form as it arrives, however large.
+
+    Raises ApiError: 408 if nothing comes for a minute, or almost nothing for longer; 499 if the
+    client closes the connection.
+    """
+    loop, pieces, count = asyncio.get_running_loop(), aiter(request.stream()), 0
+    began = loop.time()
+    while True:
+        latest = began + SILENT_SECONDS + count / LEAST_RATE
+        try:
+            async with asyncio.timeout_at(min(latest, loop.time() + SILENT_SECONDS)):
+                piece = await anext(pieces, None)
+        except TimeoutError:
+            text = f"nothing was received for {SILENT_SECONDS:g} s, or too little"
+            raise ApiError(408, text, should_retry=False) from None
+        except ClientDisconnect:
+            raise ApiError(499, "the client closed the connection") from None
+        if piece is None:
+            return
+        count += len(piece)
+        yield piece
 
 
 async def body_of(request: Request, limit: int) -> bytes:
