@@ -55,7 +55,8 @@ def command(example: Example, folder: Path, script: Path) -> list[str]:
 
 def variables(folder: Path) -> dict[str, str]:
     """The variables of a client's processes: its own programs first, and nobody is told of it."""
-    path = os.pathsep.join([str(folder / "venv/bin"), os.environ["PATH"]])
+    programs = [str(folder / "venv/bin"), str(folder / "node_modules/.bin")]
+    path = os.pathsep.join([*programs, os.environ["PATH"]])
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     return {
         **kept,
@@ -67,6 +68,7 @@ def variables(folder: Path) -> dict[str, str]:
         "HF_HOME": str(folder / "hub"),
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LANGSMITH_TRACING": "false",
+        "PROMPTFOO_CONFIG_DIR": str(folder / "promptfoo"),
         "PROMPTFOO_DISABLE_TELEMETRY": "1",
         "PROMPTFOO_DISABLE_UPDATE": "1",
         "NO_COLOR": "1",

@@ -139,6 +139,8 @@ def run(example: Example, place: Path, gateway: Gateway, work: Path) -> str:
     folder = work / example.name
     folder.mkdir()
     (folder / "proto").symlink_to(ROOT / "proto")
+    if "=tokenizer" in example.code:
+        (folder / "tokenizer").symlink_to(base.ensure().resolve())
     endings = {"python": "py", "js": "mjs", "sh": "sh"}
     script = folder / f"example.{endings[example.language]}"
     script.write_text(example.at(gateway.http, gateway.grpc), "utf-8")
