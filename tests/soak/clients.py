@@ -34,6 +34,8 @@ class Stage:
         folders: directories below the import root, by digest.
         end: time (`time.monotonic()`) at which clients stop.
         new: most tokens of an answer.
+        merges: adapters are merged, too. The answers of a real model are rounded otherwise then, so
+            that none of them could be called wrong.
     """
 
     address: str
@@ -45,6 +47,7 @@ class Stage:
     history: dict[str, set[str]] = field(default_factory=dict)
     end: float = 0.0
     new: int = 40
+    merges: bool = True
 
     @property
     def over(self) -> bool:
@@ -159,7 +162,7 @@ async def changer(stage: Stage, chance: random.Random) -> None:
 async def _change(stage: Stage, chance: random.Random, adapters: Any, name: str) -> None:
     """One random change of a name."""
     seconds = 60.0
-    match chance.randrange(12):
+    match chance.randrange(12 if stage.merges else 10):
         case 0 | 1 | 2:
             digest = chance.choice(list(stage.folders))
             stage.history.setdefault(name, set()).add(digest)
@@ -183,12 +186,12 @@ async def _change(stage: Stage, chance: random.Random, adapters: Any, name: str)
             await adapters.PinAdapter(pb.PinAdapterRequest(adapter_id=name), timeout=seconds)
         case 8:
             await adapters.UnpinAdapter(pb.UnpinAdapterRequest(adapter_id=name), timeout=seconds)
-        case 9:
-            await adapters.MergeAdapter(pb.MergeAdapterRequest(adapter_id=name), timeout=seconds)
         case 10:
+            await adapters.MergeAdapter(pb.MergeAdapterRequest(adapter_id=name), timeout=seconds)
+        case 11:
             request = pb.UnmergeAdapterRequest(adapter_id=name)
             await adapters.UnmergeAdapter(request, timeout=seconds)
-        case 11:
+        case 9:
             await adapters.ListAdapters(pb.ListAdaptersRequest(page_size=1000), timeout=seconds)
 
 

@@ -213,11 +213,12 @@ async def soak(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     changing = CHANGING if oracle else CHANGING[:4]
     stage = Stage(server.address, verdict, answers, STEADY, changing, {})
     if not oracle:
-        stage.new = RealAnswers.COUNT
+        stage.new, stage.merges = RealAnswers.COUNT, False
     try:
         await register(server, folder, stage, virtual)
         if isinstance(answers, RealAnswers):
             await learn(server, answers, stage)
+        await start_checks(server)
         await clients(stage, min(60.0, args.duration / 5), args.seed)
         left = [f"after the warm-up: {each}" for each in await rest(server)]
         before = await server.taken()
@@ -240,6 +241,16 @@ async def soak(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         with suppress(Exception):
             await server.stop()
     return report(verdict, left, watch.slope, before, after, server.starts)
+
+
+async def start_checks(server: ServerProcess) -> None:
+    """Asks for structured output once, whose processes start at the first such request."""
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        generation = generation_pb2_grpc.GenerationServiceStub(channel)
+        request = ask(20, 21, new=2)
+        request.structured_output.regex = "[a-z ]*"
+        with suppress(grpc.aio.AioRpcError):  # a model without a tokenizer has no such output
+            await generation.Generate(request, timeout=120)
 
 
 def real_prompts(seed: int) -> list[tuple[int, ...]]:

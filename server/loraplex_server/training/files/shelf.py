@@ -160,31 +160,41 @@ class DataShelf:
                 labels=upload.labels,
                 request_id=upload.request_id,
             )
-            stored = await to_the_end(self._keep(record, file))
-            if stored is record:
-                file = None
-            return stored
+            kept, file = file, None  # which is done, or given up, even if the caller goes meanwhile
+            return await to_the_end(self._keep(record, kept))
         finally:
             if file is not None:
                 await to_the_end(self._lane.run(file.abandon))
 
     async def _keep(self, record: DataFileRecord, file: ArrivingFile | None) -> DataFileRecord:
-        """Gives a file its name, unless its request id has one of the same bytes already."""
-        async with self._one_end:
-            upload = DataUpload(record.owner, "", record.filename, record.request_id)
-            known = self._known(upload)
-            if known is not None and known.digest != record.digest:
-                text = f"the request id was used for the data file {known.id} with other bytes"
-                subject = Subject(DATA_FILE, known.id)
-                raise Refusal(Reason.DATA_CONFLICT, text, subject=subject)
-            if known is not None:
-                return known
-            if file is None:  # the earlier file has been deleted meanwhile
-                text = "the file of this request id has just been deleted; send it again"
-                raise Refusal(Reason.OVERLOADED, text)
-            await self._lane.run(file.finish, record)
-            self._files[record.id] = record
-            return record
+        """Gives a file its name, unless its request id has one of the same bytes already.
+
+        A file that gets no name is given up.
+        """
+        try:
+            async with self._one_end:
+                known = self._earlier(record)
+                if known is not None:
+                    return known
+                if file is None:  # the earlier file has been deleted meanwhile
+                    text = "the file of this request id has just been deleted; send it again"
+                    raise Refusal(Reason.OVERLOADED, text)
+                await self._lane.run(file.finish, record)
+                self._files[record.id] = record
+                file = None
+                return record
+        finally:
+            if file is not None:
+                await self._lane.run(file.abandon)
+
+    def _earlier(self, record: DataFileRecord) -> DataFileRecord | None:
+        """The file that a record's request id has already. Raises Refusal(DATA_CONFLICT)."""
+        upload = DataUpload(record.owner, "", record.filename, record.request_id)
+        known = self._known(upload)
+        if known is not None and known.digest != record.digest:
+            text = f"the request id was used for the data file {known.id} with other bytes"
+            raise Refusal(Reason.DATA_CONFLICT, text, subject=Subject(DATA_FILE, known.id))
+        return known
 
     async def read(self, record: DataFileRecord) -> AsyncGenerator[bytes, None]:
         """Yields the bytes of a file. The last ones come only if all are those of the upload.
