@@ -47,7 +47,7 @@ async def run(address: str, model: str, jobs: Sequence[Job]) -> HttpRun:
     """Sends all jobs at once, each on a connection of its own, to `/v1/completions`."""
     exchanges = [HttpExchange(job) for job in jobs]
     opened = [await _open(address) for _ in jobs]
-    requests = [_request(model, job) for job in jobs]
+    requests = [_request(address, model, job) for job in jobs]
     await asyncio.gather(*map(_send, opened, requests, exchanges))
     answers = [b"".join(piece for _, piece in each.pieces) for each in exchanges]
     tokens = [_tokens(answer) for answer in answers]
@@ -69,7 +69,7 @@ async def _open(address: str) -> Connection:
     return await asyncio.open_connection(host, int(port))
 
 
-def _request(model: str, job: Job) -> bytes:
+def _request(address: str, model: str, job: Job) -> bytes:
     body = json.dumps(
         {
             "model": job.adapter or model,
@@ -82,7 +82,7 @@ def _request(model: str, job: Job) -> bytes:
         }
     ).encode()
     head = (
-        "POST /v1/completions HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n"
+        f"POST /v1/completions HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
