@@ -245,8 +245,8 @@ async def test_an_answer_of_the_assistant_can_be_continued(up: Running, web: Web
         max_new_tokens=5,
     )
     assert continued["choices"][0]["message"]["content"] == wanted.text
-    anew = await web.ok(PATH, body)
-    assert anew["choices"][0]["message"]["content"] != wanted.text
+    again = await web.ok(PATH, body)
+    assert again["choices"][0]["message"]["content"] != wanted.text
     both = {**body, "continue_final_message": True, "add_generation_prompt": True}
     assert (await web.refused(PATH, both, 400))["param"] == "continue_final_message"
 

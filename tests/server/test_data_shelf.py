@@ -22,6 +22,28 @@ async def nothing_forbidden(held: int, more: int) -> None:
     """Every principal may have every file."""
 
 
+async def test_a_file_that_cannot_be_deleted_is_there_again_also_without_its_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: DataFolder, record: DataFileRecord) -> None:
+        time.sleep(0.2)
+        raise OSError(30, "Read-only file system")
+
+    shelf = DataShelf(
+        DataFolder(tmp_path / "files"), ShelfLimits(1 << 20, 10, 1 << 20), Lane("files", 2, 8)
+    )
+    await shelf.load()
+    stored = await shelf.receive(DataUpload("", ""), chunks(), nothing_forbidden)
+    monkeypatch.setattr(DataFolder, "remove", full)
+    gone = asyncio.create_task(shelf.remove(stored.id, None))
+    await asyncio.sleep(0.1)
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    await asyncio.sleep(0.3)
+    assert shelf.get(stored.id, None) == stored
+
+
 async def test_a_caller_that_goes_while_the_file_gets_its_name_breaks_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -231,13 +231,17 @@ class DataShelf:
         """Deletes a file. Raises Refusal: DATA_NOT_FOUND, STORE_UNAVAILABLE."""
         record = self.get(data_id, owner)
         del self._files[data_id]
+        await to_the_end(self._remove(record))
+
+    async def _remove(self, record: DataFileRecord) -> None:
+        """Deletes a file that is not listed any more, or lists it again."""
         try:
-            await to_the_end(self._lane.run(self._folder.remove, record))
+            await self._lane.run(self._folder.remove, record)
         except FileNotFoundError:
             return
         except OSError as error:
-            self._files[data_id] = record
-            log.error("data file %s cannot be deleted: %s", data_id, error)
+            self._files[record.id] = record
+            log.error("data file %s cannot be deleted: %s", record.id, error)
             raise from_os_error(error) from error
 
     def _known(self, upload: DataUpload) -> DataFileRecord | None:

@@ -117,10 +117,15 @@ class JobHistories:
         events, job.pending = job.pending, []
         job.written = time.monotonic()
         if events:
-            try:
-                await to_the_end(self._lane.run(job.file.append, events, durably))
-            except OSError as error:
-                log.warning("the events of training job %s cannot be written: %s", job_id, error)
+            await to_the_end(self._append(job_id, job, events, durably))
+
+    async def _append(
+        self, job_id: str, job: _Open, events: list[JobEventRecord], durably: bool
+    ) -> None:
+        try:
+            await self._lane.run(job.file.append, events, durably)
+        except OSError as error:
+            log.warning("the events of training job %s cannot be written: %s", job_id, error)
 
 
 @dataclass(frozen=True, slots=True)

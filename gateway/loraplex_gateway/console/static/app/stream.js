@@ -13,7 +13,7 @@ const AGAIN_SECONDS = 2;
  * @template T
  * @param {((signal: AbortSignal) => AsyncIterable<T>) | null} open null follows nothing
  * @param {(value: T) => void} take gets every value
- * @param {unknown[]} inputs the stream is opened anew when one of them changes
+ * @param {unknown[]} inputs the stream is opened again when one of them changes
  * @returns {{connected: boolean, error: Error | null}}
  */
 export function useStream(open, take, inputs) {
