@@ -319,7 +319,7 @@ async def test_a_cancel_while_the_end_is_being_recorded_returns_the_end(
         await end(*arguments)
 
     monkeypatch.setattr(queue, "_end", late)
-    job = await trains.create("step 2", "hold", name="late")
+    job = await trains.create("step 2", "hold", name="recorded")
     await trains.holding(job, 2)
     first = asyncio.create_task(trains.cancel(job))
     await recording.wait()

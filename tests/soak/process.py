@@ -9,8 +9,9 @@ import re
 import signal
 import sqlite3
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,49 @@ READY = re.compile(r"ready: grpc (\S+) admin (\S+) ")
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What the processes of a server hold. Memory is in MB, of the front and of all together."""
+    """What the processes of a server hold at one time.
+
+    Attributes:
+        front_mb: resident memory of the front in MB.
+        all_mb: that of all processes together.
+        open: number of open descriptors, by process and kind, such as "front: socket".
+        threads: number of threads, by process.
+        series: the series of /metrics.
+    """
 
     front_mb: float
     all_mb: float
-    descriptors: int
-    threads: int
-    series: int
+    open: Counter[str]
+    threads: Counter[str]
+    series: frozenset[str]
+
+    def more_than(self, before: Taken) -> dict[str, int]:
+        """The descriptors, threads and series that are there in addition."""
+        added: dict[str, int] = dict(self.open - before.open)
+        added |= {f"{name}: thread": n for name, n in (self.threads - before.threads).items()}
+        return added | dict.fromkeys(self.series - before.series, 1)
+
+
+def taken_of(processes: Mapping[str, psutil.Process], series: Iterable[str]) -> Taken:
+    """What these processes hold now, by their names."""
+    memory = {name: each.memory_info().rss / 1e6 for name, each in processes.items()}
+    return Taken(
+        front_mb=memory["front"],
+        all_mb=sum(memory.values()),
+        open=Counter(
+            f"{name}: {kind}" for name, each in processes.items() for kind in opened(each.pid)
+        ),
+        threads=Counter({name: each.num_threads() for name, each in processes.items()}),
+        series=frozenset(series),
+    )
+
+
+def opened(pid: int) -> Iterator[str]:
+    """The kind of each open descriptor of a process, such as "socket", or the path of its file."""
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            kind = os.readlink(link)
+            yield kind if kind.startswith("/") else kind.partition(":[")[0]
 
 
 class ServerProcess:
@@ -123,15 +160,13 @@ class ServerProcess:
         """What the processes hold now."""
         assert self._process is not None
         front = psutil.Process(self._process.pid)
-        processes = [front, *self.engines()]
-        memory = [each.memory_info().rss / 1e6 for each in processes]
-        return Taken(
-            front_mb=memory[0],
-            all_mb=sum(memory),
-            descriptors=sum(each.num_fds() for each in processes),
-            threads=sum(each.num_threads() for each in processes),
-            series=len(await self.scrape()),
-        )
+        processes = {"front": front}
+        for each in self.engines():
+            with suppress(psutil.NoSuchProcess):
+                command = each.cmdline()
+                name = command[command.index("-m") + 1] if "-m" in command else each.name()
+                processes[name if name not in processes else f"{name} {len(processes)}"] = each
+        return taken_of(processes, await self.scrape())
 
     @contextmanager
     def index_away(self) -> Iterator[None]:

@@ -2,10 +2,11 @@
 
     python tests/soak/run.py --duration 300 [--model default]          (make soak DURATION=300)
 
-The first six tenths of the time are undisturbed: over them memory must not grow, and at rest
-before and after them nothing may be held for anybody. Then the engine is killed, the front is
-killed and started again, the index is locked, and batches are made to fail. The last line of
-output is one JSON object. Exit code 1 if an answer was wrong, or anything is unexplained or left.
+The first six tenths of the time are undisturbed, in two halves. At rest after each half nothing
+may be held for anybody, and what is open at the second rest but was not at the first is printed.
+Then the engine is killed, the front is killed and started again, the index is locked, and batches
+are made to fail. The last line of output is one JSON object. Exit code 1 if an answer was wrong,
+or anything is unexplained or left.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -221,17 +222,18 @@ async def soak(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         await start_checks(server)
         await clients(stage, min(60.0, args.duration / 5), args.seed)
         left = [f"after the warm-up: {each}" for each in await rest(server)]
-        before = await server.taken()
         watch = Watch(server)
         watching = asyncio.create_task(watch.run())
-        await clients(stage, CALM * args.duration, args.seed + 1)
+        rests = []
+        for half in (1, 2):
+            await clients(stage, CALM / 2 * args.duration, args.seed + half)
+            left += [f"at rest {half}: {each}" for each in await rest(server)]
+            rests.append(await server.taken())
         watching.cancel()
-        left += [f"at rest: {each}" for each in await rest(server)]
-        after = await server.taken()
         stage.end = time.monotonic() + (1 - CALM) * args.duration
         seconds = (1 - CALM) * args.duration
         await asyncio.gather(
-            clients(stage, seconds, args.seed + 2), disturb(server, stage, args.seed, oracle)
+            clients(stage, seconds, args.seed + 3), disturb(server, stage, args.seed, oracle)
         )
         left += [f"after disturbances: {each}" for each in await rest(server)]
         code = await server.stop()
@@ -240,7 +242,7 @@ async def soak(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     finally:
         with suppress(Exception):
             await server.stop()
-    return report(verdict, left, watch.slope, before, after, server.starts)
+    return report(verdict, left, watch.slope, *rests, server.starts)
 
 
 async def start_checks(server: ServerProcess) -> None:
@@ -280,18 +282,27 @@ def report(
         print(f"{client:20} {reason:24} {count}")
     for text in [*verdict.wrong[:20], *verdict.unexpected[:40], *left]:
         print(text)
-    print(f"at rest before: {before}\nat rest after:  {after}")
+    added = after.more_than(before)
+    for name, count in sorted(added.items()):
+        print(f"{count} more at the second rest: {name}")
     return {
         "tokens": verdict.tokens,
         "wrong_digests": len(verdict.wrong),
         "unexpected_errors": len(verdict.unexpected),
         "leaks": len(left),
         "rss_slope_mb_per_min": round(slope, 2),
-        "fds_delta": after.descriptors - before.descriptors,
-        "threads_delta": after.threads - before.threads,
-        "series_delta": after.series - before.series,
+        "fds_delta": after.open.total() - before.open.total(),
+        "threads_delta": after.threads.total() - before.threads.total(),
+        "series_delta": len(after.series) - len(before.series),
         "starts": starts,
     }
+
+
+def record(file: Path, figures: Mapping[str, object]) -> None:
+    """Adds the figures of a run to a JSON file, in place of those of the same model."""
+    runs = json.loads(file.read_text()) if file.exists() else []
+    runs = [each for each in runs if each["model"] != figures["model"]]
+    file.write_text(json.dumps([*runs, figures], indent=2) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -301,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--model", choices=("oracle", "default"), default="oracle", help="what is served")
     add("--cache", type=Path, default=Path("var/cache"), help="cache of the default model")
     add("--seed", type=int, default=1, help="random seed of all clients")
+    add("--record", type=Path, metavar="FILE", help="JSON file to which the figures are added")
     add("--keep", action="store_true", help="keep the server's files and log")
     args = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="loraplex-soak-"))
@@ -311,6 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"files are in {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
+    if args.record:
+        record(args.record, {"model": args.model, "duration_s": args.duration, **result})
     print(json.dumps(result))
     bad = ("wrong_digests", "unexpected_errors", "leaks")
     return int(any(result[name] for name in bad))
