@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
 import grpc
-from rpc.harness import refusal
+from google.rpc.error_details_pb2 import ErrorInfo
+from grpc_status import rpc_status
 
 AFTERMATH: Final[dict[str, tuple[float, frozenset[str]]]] = {
     "engine killed": (40.0, frozenset({"ENGINE_RESTARTED", "ADAPTER_UNLOADED", "CONNECTION"})),
@@ -78,9 +80,11 @@ class Verdict:
 
 def reason_of(error: grpc.aio.AioRpcError) -> str:
     """The reason of a failed call; CONNECTION if it did not come from the server's handlers."""
-    trailers = dict(error.trailing_metadata() or ())
-    if "grpc-status-details-bin" in trailers:
-        return refusal(error).reason
+    with suppress(ValueError):  # gRPC may replace the message when a deadline ends a stream
+        status = rpc_status.from_call(error)
+        for packed in status.details if status is not None else ():
+            if packed.Is(ErrorInfo.DESCRIPTOR):
+                return str(ErrorInfo.FromString(packed.value).reason)
     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return "CONNECTION"
     return error.code().name

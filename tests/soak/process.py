@@ -55,19 +55,22 @@ def taken_of(processes: Mapping[str, psutil.Process], series: Iterable[str]) -> 
         front_mb=memory["front"],
         all_mb=sum(memory.values()),
         open=Counter(
-            f"{name}: {kind}" for name, each in processes.items() for kind in opened(each.pid)
+            f"{name}: {kind}" for name, each in processes.items() for kind in opened(each)
         ),
         threads=Counter({name: each.num_threads() for name, each in processes.items()}),
         series=frozenset(series),
     )
 
 
-def opened(pid: int) -> Iterator[str]:
-    """The kind of each open descriptor of a process, such as "socket", or the path of its file."""
-    for link in Path(f"/proc/{pid}/fd").iterdir():
+def opened(process: psutil.Process) -> Iterator[str]:
+    """The kind of each open descriptor: "pipe", the state of a TCP connection, a file's path."""
+    states = {each.fd: f"TCP {each.status}" for each in process.net_connections("tcp")}
+    for link in Path(f"/proc/{process.pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # closed meanwhile
             kind = os.readlink(link)
-            yield kind if kind.startswith("/") else kind.partition(":[")[0]
+            yield states.get(int(link.name)) or (
+                kind if kind.startswith("/") else kind.partition(":[")[0]
+            )
 
 
 class ServerProcess:
@@ -167,6 +170,16 @@ class ServerProcess:
                 name = command[command.index("-m") + 1] if "-m" in command else each.name()
                 processes[name if name not in processes else f"{name} {len(processes)}"] = each
         return taken_of(processes, await self.scrape())
+
+    def connections(self) -> list[str]:
+        """The TCP connections to the gRPC port, by state: those that clients have not closed."""
+        assert self._process is not None
+        port = int(self.address.rpartition(":")[2])
+        return [
+            f"a connection ({each.status})"
+            for each in psutil.Process(self._process.pid).net_connections("tcp")
+            if each.laddr.port == port and each.status != psutil.CONN_LISTEN
+        ]
 
     @contextmanager
     def index_away(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import random
 import shutil
@@ -110,12 +111,13 @@ async def register(
 
 
 async def rest(server: ServerProcess) -> list[str]:
-    """Waits until nothing is held for a request; returns what still is, after `REST_SECONDS`."""
+    """Waits until nothing is held for a client; returns what still is, after `REST_SECONDS`."""
     end = time.monotonic() + REST_SECONDS
+    gc.collect()  # Channels of clients that were interrupted stay open until their cycle is found.
     while True:
         with suppress(OSError):
             scraped = await server.scrape()
-            held = [name for name in HELD if scraped.get(name, 0.0)]
+            held = [name for name in HELD if scraped.get(name, 0.0)] + server.connections()
             if not held and scraped.get("loraplex_engine_ready") == 1.0:
                 return []
             if time.monotonic() > end:
