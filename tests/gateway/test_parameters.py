@@ -112,7 +112,7 @@ def test_a_field_of_another_form_is_translated(
 
 
 def test_fields_of_chats_alone_are_translated() -> None:
-    assert chat(max_completion_tokens=5, max_tokens=5) == {"max_new_tokens": 5}
+    assert chat(max_completion_tokens=5, max_tokens=9) == {"max_new_tokens": 5}
     assert chat(max_tokens=CONTEXT + 5) == {}
     assert PLAIN["max_new_tokens"] == CONTEXT
     assert chat(logprobs=True) == {"logprobs": 0}
@@ -195,14 +195,14 @@ def test_what_would_change_the_answer_is_refused_unless_it_is_null(name: str) ->
         ({"logit_bias": {"٣": 1}}, "logit_bias"),
         ({"logit_bias": [1]}, "logit_bias"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"stream": True, "stream_options": {"colour": 1}}, "stream_options"),
+        ({"stream": True, "stream_options": {"colour": 1}}, "stream_options.colour"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
         ({"prompt_logprobs": -1}, "prompt_logprobs"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         ({"structured_outputs": {}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs.regex"),
-        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
         ({"grammar": {"type": "regex", "value": {}}}, "grammar.value"),
         ({"model": 7}, "model"),

@@ -43,7 +43,6 @@ async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Web]:
         (CHAT, {"reasoning_effort": "low"}, "reasoning_effort"),
         (CHAT, {"logit_bias": {MANY: 1}}, "logit_bias"),
         (CHAT, {"logit_bias": {"05": 1, "5": 2}}, "logit_bias"),
-        (CHAT, {"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens"),
         (CHAT, {"guided_choice": []}, "guided_choice"),
         (CHAT, {"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs.choice[1]"),
         (CHAT, {"json_schema": "{"}, "json_schema"),
@@ -117,11 +116,8 @@ async def test_an_unknown_adapter_of_other_servers_is_named_as_they_name_it(site
     assert (answer.status_code, answer.json()["error"]["param"]) == (404, "lora_name")
 
 
-async def test_the_same_limit_twice_and_old_fields_that_ask_for_nothing_are_taken(
-    site: Web,
-) -> None:
+async def test_old_fields_that_ask_for_nothing_are_taken(site: Web) -> None:
     for fields in (
-        {"max_completion_tokens": 3},
         {"function_call": "none"},
         {"function_call": "auto", "functions": []},
         {"reasoning_effort": "none"},

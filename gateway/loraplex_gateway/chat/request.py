@@ -95,9 +95,6 @@ def conversation_options(request: ChatRequest) -> dict[str, Any]:
 
 
 def _max_tokens(request: ChatRequest, max_context: int) -> int:
-    both = {request.max_tokens, request.max_completion_tokens} - {None}
-    if len(both) > 1:
-        raise invalid("max_tokens", "is not max_completion_tokens; leave one of them out")
     for name in ("max_completion_tokens", "max_tokens"):
         given: int | None = getattr(request, name)
         if given is not None:
