@@ -118,8 +118,7 @@ async def test_an_unknown_adapter_of_other_servers_is_named_as_they_name_it(site
 
 async def test_old_fields_that_ask_for_nothing_are_taken(site: Web) -> None:
     for fields in (
-        {"function_call": "none"},
-        {"function_call": "auto", "functions": []},
+        {"functions": []},
         {"reasoning_effort": "none"},
     ):
         assert await site.ok(CHAT, {**BODIES[CHAT], **fields})

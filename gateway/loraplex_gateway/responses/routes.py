@@ -82,7 +82,7 @@ def _whole(
     for delta in (*reader.feed(completion.text), *reader.end()):
         for _ in output.add(delta):
             pass
-    *_, last = output.end(completion.finish_reason, completion.usage)
+    *_, last = output.end(completion.finish_reason, completion.usage, reader.is_open)
     response: dict[str, Any] = last["response"]
     return response
 
@@ -121,7 +121,9 @@ class ResponseStream:
             return
         last = b"" if begun else _written(output.begin())
         last += b"".join(_written(output.add(each)) for each in self._reader.end())
-        yield last + _written(output.end(completion.finish_reason, completion.usage))
+        yield last + _written(
+            output.end(completion.finish_reason, completion.usage, self._reader.is_open)
+        )
 
 
 def _written(events: Iterable[dict[str, Any]]) -> bytes:

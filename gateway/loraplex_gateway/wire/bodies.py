@@ -39,7 +39,6 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
         "detokenize": (True,),
         "documents": ([],),
         "early_stopping": (False,),
-        "function_call": ("none", "auto"),
         "functions": ([],),
         "include_reasoning": (True,),
         "length_penalty": (1.0,),
