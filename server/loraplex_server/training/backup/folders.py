@@ -30,7 +30,8 @@ from loraplex_server.training.table import entered
 
 _ID: Final = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}")
 _NOT_ENDED: Final = (
-    "the job had not ended when the store was backed up; unless its adapter is there, order it again"
+    "the job had not ended when the store was backed up; unless its adapter is there, "
+    "order it again"
 )
 
 log = logging.getLogger(__name__)

@@ -60,16 +60,15 @@ def take(attachments: Attachments, place: Path, work: Path, known: Mapping[str, 
     DISK_FULL.
     """
     with disk_errors():
-        for folder in (place / "attached", place / "attached" / "sha256"):
-            require_directory(folder)
-            folder.mkdir(0o700, exist_ok=True)
+        for parent in (place / "attached", place / "attached" / "sha256"):
+            require_directory(parent)
+            parent.mkdir(0o700, exist_ok=True)
         flush(place / "attached")
         flush(place)
-        found = list(attachments.folders())
     sizes = dict(known)
     folders: dict[str, Mapping[str, tuple[str, int]]] = {}
     lost, copied = [], 0
-    for folder in found:
+    for folder in _each(attachments):
         assert is_folder_name(folder.name), folder.name
         before = len(sizes)
         try:
@@ -81,6 +80,17 @@ def take(attachments: Attachments, place: Path, work: Path, known: Mapping[str, 
             lost.append(folder.name)
         copied += len(sizes) - before
     return Taken(folders, tuple(lost), copied)
+
+
+def _each(attachments: Attachments) -> Iterator[AttachedFolder]:
+    """The folders one after the other, since their records may be large. Raises Refusal."""
+    found = iter(attachments.folders())
+    while True:
+        with disk_errors():
+            folder = next(found, None)
+        if folder is None:
+            return
+        yield folder
 
 
 def _files(
