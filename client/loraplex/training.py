@@ -221,7 +221,10 @@ def create(
     """Returns the request for a job. Raises InvalidRequest; TypeError for an unknown keyword."""
     refuse_unknown(given, TrainingOptions)
     values: Mapping[str, Any] = given
-    options = {key: option(value) for key, value in (values.get("options") or {}).items()}
+    given_options = values.get("options") or {}
+    if not isinstance(given_options, Mapping):
+        raise invalid("options", "must be options by their names")
+    options = {key: option(value) for key, value in given_options.items()}
     method = {"name": values.get("method"), "options": options}
     optimiser = {**values, "name": values.get("optimiser")}
     spec = {

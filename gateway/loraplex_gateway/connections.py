@@ -85,6 +85,10 @@ class BoundedConnection(HttpToolsProtocol):
         self._unread = 0
         self._owes_since = None
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            # Such a peer does not know chunks: the end of the connection is that of the answer.
+            self.cycle.chunked_encoding = False
+            self.cycle.expected_content_length = _AnyLength()
 
     def on_body(self, body: bytes) -> None:
         self._unread = 0
@@ -111,6 +115,24 @@ class BoundedConnection(HttpToolsProtocol):
     def _is_idle(self) -> bool:
         """Whether no request is being answered."""
         return self.cycle is None or self.cycle.response_complete
+
+
+class _AnyLength(int):
+    """The length of an answer that is not known before its end: uvicorn counts down to zero."""
+
+    def __lt__(self, other: int) -> bool:
+        return False
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __sub__(self, other: int) -> _AnyLength:
+        return self
+
+    __hash__ = int.__hash__
 
 
 def allow_descriptors(connections: int) -> None:

@@ -29,13 +29,14 @@ from adapters import stores
 
 
 def points() -> list[str]:
-    """Every fault point in the source of backups, once for each place."""
+    """Every fault point in the source of backups, but for those of attached folders, which
+    test_backup_attached.py reaches."""
     found = []
     for file in sorted(Path(loraplex_adapters.store.backup.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("reach"):
                 found.append(ast.literal_eval(node.args[0]))
-    return found
+    return [point for point in found if ".attached." not in point]
 
 
 WRITING = sorted(point for point in set(points()) if ".recover." not in point)
@@ -500,7 +501,7 @@ def test_backups_while_servers_change_the_store_are_all_consistent(
     ("file", "old", "new"),
     [
         ("backup.json", '"format":1', '"format":2'),
-        ("manifest.json", '"format":1', '"format":2'),
+        ("manifest.json", '"format":1', '"format":3'),
         ("manifest.json", '"schema_version":2', '"schema_version":3'),
     ],
 )

@@ -205,7 +205,7 @@ async def test_a_mix_is_computed_with_its_weights(up: Running, web: Web) -> None
         ({"loraplex": {"mix": [*mix, mix[0]]}}, "loraplex.mix[2].adapter"),
         ({"loraplex": {"mix": [{"adapter": "one", "weight": 99}]}}, "loraplex.mix[0].weight"),
         ({"loraplex": {"mix": [{"weight": 1}]}}, "loraplex.mix[0].adapter"),
-        ({"loraplex": {"blend": 1}}, "loraplex"),
+        ({"loraplex": {"blend": 1}}, "loraplex.blend"),
     ):
         error = await web.refused(PATH, {**ASKED, "model": BASE, **bad}, 400)
         assert error["param"] == param

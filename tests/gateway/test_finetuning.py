@@ -202,7 +202,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "reinforcement": ({"method": {"type": "reinforcement"}}, "method.type"),
     "a method that nobody knows": ({"method": {"type": "magic"}}, "method.type"),
     "another hyperparameter": (
-        {"hyperparameters": {"beta": 1}}, "hyperparameters"),
+        {"hyperparameters": {"beta": 1}}, "hyperparameters.beta"),
     "a word for a number": ({"hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs"),
     "no epochs": ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs"),
     "a rate below zero": (

@@ -242,7 +242,7 @@ async def test_fields_that_change_nothing(served: Web) -> None:
         "include": ["reasoning.encrypted_content"],
         "previous_response_id": None,
         "reasoning": {"summary": "auto"},
-        "text": {"format": {"type": "text"}, "verbosity": "low"},
+        "text": {"format": {"type": "text"}, "verbosity": "medium"},
         "parallel_tool_calls": True,
         "service_tier": "auto",
         "prompt_cache_key": "a",

@@ -74,7 +74,7 @@ async def test_special_tokens_are_left_out_on_request(both: tuple[Running, Web])
         ("/detokenize", {}, 400, "tokens"),
         ("/detokenize", {"tokens": [-1]}, 400, "tokens[0]"),
         ("/detokenize", {"tokens": [1, 2**32]}, 400, "tokens[1]"),
-        ("/detokenize", {"tokens": [399, 400]}, 400, "token_ids[1]"),
+        ("/detokenize", {"tokens": [399, 400]}, 400, "tokens[1]"),
         ("/detokenize", {"tokens": "1"}, 400, "tokens"),
     ],
 )

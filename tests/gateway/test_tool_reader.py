@@ -299,9 +299,23 @@ def test_enforced_arguments_are_passed_on_as_they_come(name: str) -> None:
 
 def test_an_enforced_call_that_is_cut_off_keeps_its_arguments() -> None:
     text = '<tool_call>\n{"name": "weather", "arguments": {"city": "Berl\\'
-    found = taken(wire_reader("hermes"), *text)
+    reader = wire_reader("hermes")
+    found = taken(reader, *text)
     assert found.calls == [("weather", '{"city": "Berl\\')]
-    assert found.shown == ""
+    assert (found.shown, reader.is_open) == ("", True)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if isinstance(FORMATS[n].form, Wire)])
+def test_white_space_after_an_enforced_call_is_not_shown(name: str) -> None:
+    form = FORMATS[name].form
+    assert isinstance(form, Wire)
+    text = form.first + form.head("weather") + "{}" + form.closing
+    for rest, shown in (("\n", ""), (" \n ", ""), (" \n and", "and"), ("and \n", "and \n")):
+        for parts in ((text + rest,), (*text, *rest)):
+            reader = wire_reader(name)
+            found = taken(reader, *parts)
+            assert (found.calls, found.shown) == ([("weather", "{}")], shown), (rest, parts)
+            assert not reader.is_open
 
 
 def test_an_answer_in_place_of_enforced_calls_is_shown() -> None:

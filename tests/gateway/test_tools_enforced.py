@@ -50,6 +50,26 @@ async def test_a_required_call_in_a_stream(tmp_path: Path) -> None:
         assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+async def test_a_call_that_a_stop_string_cuts_off_is_not_announced_as_a_call(
+    tmp_path: Path,
+) -> None:
+    """Programs read the arguments as JSON if `finish_reason` is tool_calls."""
+    text = f'<tool_call>\n{{"name": "weather", "arguments": {JSON}}}\n</tool_call>'
+    stop = JSON[len(JSON) // 2 : len(JSON) // 2 + 3]
+    ask = {**ASK, "tool_choice": "required", "parallel_tool_calls": False, "stop": [stop]}
+    async with saying(tmp_path, text) as web:
+        (choice,) = (await web.ok(CHATS, ask))["choices"]
+        (call,) = choice["message"]["tool_calls"]
+        assert call["function"]["arguments"] == JSON[: JSON.index(stop)]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
+        last = (await web.events(CHATS, ask))[-1]["choices"][0]
+        assert (last["finish_reason"], last["stop_reason"]) == ("stop", stop)
+        tools = [{"type": "function", **tool["function"]} for tool in ASK["tools"]]
+        body = {"model": BASE, "input": "Weather?", "tools": tools, "tool_choice": "required"}
+        response = await web.ok("/v1/responses", {**body, "temperature": 0, "stop": [stop]})
+        assert response["output"][-1]["status"] == "incomplete"
+
+
 async def test_an_answer_by_a_schema_beside_tools(tmp_path: Path) -> None:
     schema = {
         "type": "object",

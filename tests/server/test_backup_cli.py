@@ -19,6 +19,12 @@ from typer.testing import CliRunner, Result
 from adapters import keys, stores
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default directory of training jobs is not that of somebody's server."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     with Store(tmp_path / "store") as store:

@@ -138,7 +138,7 @@ def test_a_full_cache_is_named_with_what_to_do(disk: Path, tmp_path: Path) -> No
 def test_a_backup_on_a_full_disk_leaves_the_one_before_it(disk: Path, tmp_path: Path) -> None:
     root, place = tmp_path / "store", disk / "backup"
     sources = stores.adapters(tmp_path, 2)
-    command = ["store", "backup", str(place), "--store", str(root)]
+    command = ["store", "backup", str(place), "--store", str(root), "--no-training"]
     with Store(root) as store:
         store.register("a", sources[0], BASE)
     assert CliRunner().invoke(app, command).exit_code == 0

@@ -195,11 +195,18 @@ def _answering(handle: Handler, shape: Callable[[ApiError], Response]) -> Handle
             text += "If you want to load the adapter in place, set 'load_inplace' to True."
             return shape(ApiError(400, text, param="lora_name", code="adapter_conflict"))
         except ApiError as error:
-            return shape(error)
+            return shape(_named(error))
         except LoraplexError as error:
-            return shape(errors.of(error))
+            return shape(_named(errors.of(error)))
 
     return answer
+
+
+def _named(error: ApiError) -> ApiError:
+    """The error with the name that these requests have for an adapter's id."""
+    if error.param in ("name", "model"):
+        error.param = "lora_name"
+    return error
 
 
 def _as_vllm(error: ApiError) -> Response:

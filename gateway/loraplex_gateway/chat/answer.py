@@ -48,7 +48,7 @@ def _choice(
         "index": index,
         "message": {"role": "assistant", **message, "refusal": None},
         "logprobs": scored,
-        "finish_reason": tooling.ended(sample.finish_reason, calls),
+        "finish_reason": tooling.ended(sample.finish_reason, calls, reader.is_open),
         "stop_reason": stop_reason(sample.matched_stop, request.stop_token_ids),
     }
     if request.return_token_ids:

@@ -10,6 +10,8 @@ from loraplex_gateway.wire.bodies import invalid
 _IGNORED: Final = frozenset({"annotations", "refusal", "audio", "id", "status"})
 """Keys of answers that clients send back with them, and which no chat template reads."""
 
+_NAMES: Final = frozenset({"name", "tool_call_id"})
+
 _TEXTS: Final = frozenset({"text", "input_text", "output_text"})
 """Types of parts that hold a text."""
 
@@ -31,6 +33,9 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     role = found.get("role")
     if not isinstance(role, str):
         raise invalid(f"{where}.role", "is missing" if role is None else "is not a text")
+    for key in _NAMES & found.keys():
+        if not isinstance(found[key], str):
+            raise invalid(f"{where}.{key}", "is not a text")
     content = found.get("content")
     if isinstance(content, list):
         found["content"] = [_part(part, f"{where}.content[{j}]") for j, part in enumerate(content)]

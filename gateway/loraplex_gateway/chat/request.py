@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from loraplex_gateway.chat.messages import checked
+from loraplex_gateway.generation import structure
 from loraplex_gateway.generation.parameters import PARAMS, SamplingFields, options
 from loraplex_gateway.wire.bodies import NEUTRAL, invalid
 
@@ -23,6 +24,10 @@ CHAT_PARAMS: Final[Mapping[str, str]] = MappingProxyType(
 """Fields of the server's request, and those of the HTTP request that set them."""
 
 
+REASONING: Final = "messages.chat_template_kwargs[reasoning_effort]"
+"""The server's field for `reasoning_effort`."""
+
+
 class ChatRequest(SamplingFields, kw_only=True):
     """The body of `/v1/chat/completions`."""
 
@@ -37,6 +42,14 @@ class ChatRequest(SamplingFields, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+
+    @property
+    def params(self) -> dict[str, str]:
+        """Fields of the server's request, and those of this request that set them."""
+        found = {**CHAT_PARAMS, **structure.params(self)}
+        if self.reasoning_effort is None or "reasoning_effort" in (self.chat_template_kwargs or {}):
+            return found
+        return {REASONING: "reasoning_effort", **found}
 
     @property
     def top(self) -> int:

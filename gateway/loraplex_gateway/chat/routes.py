@@ -10,14 +10,12 @@ from loraplex_gateway.chat import tooling
 from loraplex_gateway.chat.answer import answer
 from loraplex_gateway.chat.request import (
     CHAT_NEUTRAL,
-    CHAT_PARAMS,
     ChatRequest,
     chat_options,
     conversation_options,
 )
 from loraplex_gateway.chat.stream import ChatStream
 from loraplex_gateway.context import Context
-from loraplex_gateway.generation import structure
 from loraplex_gateway.generation.answers import merged
 from loraplex_gateway.generation.rendering import rendering
 from loraplex_gateway.generation.samples import Call
@@ -39,7 +37,7 @@ def routes(context: Context) -> list[BaseRoute]:
         who = await target(context, client, request, body)
         head = await head_of(context, client, request, body)
         options = merged(options, {**who, "request_id": head.request_id})
-        names = tooling.params(plan, {**CHAT_PARAMS, **structure.params(body)})
+        names = tooling.params(plan, body.params)
         call = Call(client, body.model, names, **options)
         if body.stream:
             stream = ChatStream(body, plan, head)
@@ -58,7 +56,7 @@ def routes(context: Context) -> list[BaseRoute]:
         if plan is not None:
             options["tools"] = plan.rendered
         who = await target(context, client, request, body)
-        rendered = await rendering(client, body.model, who.get("adapter"), options, CHAT_PARAMS)
+        rendered = await rendering(client, body.model, who.get("adapter"), options, body.params)
         ids = list(rendered.token_ids)
         return reply({"prompt": rendered.text, "token_ids": ids, "count": len(ids)})
 

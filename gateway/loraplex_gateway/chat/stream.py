@@ -92,7 +92,8 @@ class ChatStream:
         """The last events of one answer."""
         rest = [tooling.chat_delta(each) for each in self._readers[index].end()]
         events = self._parts(index, rest, {})
-        reason = tooling.ended(sample.finish_reason, self._calls[index])
+        is_open = self._readers[index].is_open
+        reason = tooling.ended(sample.finish_reason, self._calls[index], is_open)
         stop = stop_reason(sample.matched_stop, self._request.stop_token_ids)
         return events + self._event(index, {}, finish_reason=reason, stop_reason=stop)
 

@@ -43,6 +43,11 @@ def params(plan: ToolPlan | None, known: Mapping[str, str]) -> Mapping[str, str]
     return {**known, "structured_output.grammar": "tools", "structured_output": "tools"}
 
 
-def ended(reason: FinishReason, called: bool) -> str:
-    """OpenAI's word for why an answer ended; a call that was cut off ends by its length."""
-    return "tool_calls" if called and reason is FinishReason.STOP else finish_reason(reason)
+def ended(reason: FinishReason, called: bool, is_open: bool = False) -> str:
+    """OpenAI's word for why an answer ended.
+
+    It is that of answers without calls if the last call was cut off (`is_open`), by the length of
+    the answer or by a stop string, so that nobody takes its arguments for whole.
+    """
+    is_whole = called and not is_open and reason is FinishReason.STOP
+    return "tool_calls" if is_whole else finish_reason(reason)

@@ -19,6 +19,8 @@ COMPLETION_PARAMS: Final[Mapping[str, str]] = MappingProxyType(
 )
 """Fields of the server's request, and those of the HTTP request that set them."""
 
+_OF_PROMPT: Final = ("token_ids.ids", "token_ids", "input", "prompt")
+
 Prompt = str | list[int]
 
 
@@ -52,6 +54,14 @@ def prompts_of(request: CompletionRequest) -> list[Prompt]:
     if all(isinstance(each, list) for each in given):
         return [_tokens(each, f"prompt[{i}]") for i, each in enumerate(given)]
     raise _mixed()
+
+
+def params_of(request: CompletionRequest, index: int) -> dict[str, str]:
+    """Fields of the server's request for one of the prompts, and those that set them."""
+    given = request.prompt
+    if isinstance(given, str) or all(isinstance(each, int) for each in given):
+        return {**COMPLETION_PARAMS, "prompt": "prompt"}
+    return {**COMPLETION_PARAMS, **dict.fromkeys(_OF_PROMPT, f"prompt[{index}]")}
 
 
 def _tokens(given: Any, where: str) -> list[int]:

@@ -12,10 +12,10 @@ from starlette.routing import BaseRoute, Route
 
 from loraplex_gateway.completions.parts import Echoed, Parts, echoed
 from loraplex_gateway.completions.request import (
-    COMPLETION_PARAMS,
     CompletionRequest,
     Prompt,
     completion_options,
+    params_of,
     prompts_of,
 )
 from loraplex_gateway.completions.stream import CompletionStream
@@ -73,8 +73,8 @@ def _calls(
 ) -> list[Call]:
     """One call for each prompt; only with several have they ids that differ."""
     calls = []
-    names = {**COMPLETION_PARAMS, **structure.params(body)}
     for i, prompt in enumerate(prompts):
+        names = {**params_of(body, i), **structure.params(body)}
         name = head.request_id if len(prompts) == 1 else f"{head.request_id[:120]}-{i}"
         given: dict[str, Any] = {**options, "request_id": name}
         if isinstance(prompt, str):

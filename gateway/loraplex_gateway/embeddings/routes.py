@@ -6,8 +6,7 @@ import base64
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, Final
+from typing import Any
 
 from loraplex import LoraplexError
 from starlette.requests import Request
@@ -22,9 +21,6 @@ from loraplex_gateway.generation.answers import ADAPTER_HEADER, adapter_header, 
 from loraplex_gateway.wire.bodies import invalid, read
 from loraplex_gateway.wire.events import unless_gone
 from loraplex_gateway.wire.replies import reply
-
-PARAMS: Final[Mapping[str, str]] = MappingProxyType({"adapter_id": "model", "inputs": "input"})
-"""Fields of the server's request, and those of the HTTP request that set them."""
 
 
 def routes(context: Context) -> list[BaseRoute]:
@@ -42,7 +38,7 @@ def routes(context: Context) -> list[BaseRoute]:
         except LoraplexError as error:
             if error.reason == "ADAPTER_NOT_FOUND":
                 raise errors.not_found(body.model, error.request_id) from None
-            raise errors.of(error, PARAMS) from None
+            raise errors.of(error, _params(body.input)) from None
         size = len(found.vectors[0].values)
         if body.dimensions is not None and body.dimensions != size:
             raise invalid("dimensions", f"cannot be chosen: the model's vectors have {size}")
@@ -61,6 +57,17 @@ def routes(context: Context) -> list[BaseRoute]:
         return reply(answer, {name: value for name, value in headers.items() if value})
 
     return [Route("/v1/embeddings", embed, methods=["POST"])]
+
+
+def _params(given: Any) -> Mapping[str, str]:
+    """Fields of the server's request, and those of the HTTP request that set them."""
+    found = {"adapter_id": "model"}
+    is_one = isinstance(given, str) or not isinstance(given[0], str | list)
+    for i in range(1 if is_one else len(given)):
+        place = "input" if is_one else f"input[{i}]"
+        for rest in (".token_ids.ids", ".token_ids", ".text", ""):
+            found[f"inputs[{i}]{rest}"] = place
+    return {**found, "inputs": "input"}
 
 
 def _shown(values: Sequence[float], encoding: str) -> Any:

@@ -41,19 +41,22 @@ class FileForm:
         self.fields: dict[str, str] = {}
         self.filename = ""
         self._body = pieces_of(request)
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._part_begins,
-                "on_header_field": self._header_name,
-                "on_header_value": self._header_value,
-                "on_header_end": self._header_ends,
-                "on_headers_finished": self._part_has_headers,
-                "on_part_data": self._part_data,
-                "on_part_end": self._part_ends,
-                "on_end": self._form_ends,
-            },
-        )
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._part_begins,
+                    "on_header_field": self._header_name,
+                    "on_header_value": self._header_value,
+                    "on_header_end": self._header_ends,
+                    "on_headers_finished": self._part_has_headers,
+                    "on_part_data": self._part_data,
+                    "on_part_end": self._part_ends,
+                    "on_end": self._form_ends,
+                },
+            )
+        except FormParserError as error:
+            raise ApiError(400, f"the form's boundary cannot be used: {error}") from None
         self._headers: dict[bytes, bytes] = {}
         self._name, self._value = b"", b""
         self._field = ""

@@ -23,7 +23,8 @@ from loraplex_gateway.wire.paging import limit_of, page_of
 
 MOST_LISTED: Final = 10_000
 
-_PARAMS: Final = {"chunk": "file", "start.filename": "file", "start.labels": "file"}
+_PARAMS: Final = {"chunk": "file", "start.filename": "file", "start.labels": "file",
+           "start.request_id": "idempotency-key"}  # fmt: skip
 
 
 def routes(context: Context) -> list[BaseRoute]:

@@ -33,6 +33,7 @@ PARAMS: Final = {
     "spec.optimiser": "loraplex",
     "spec": "loraplex",
     "delivery": "loraplex",
+    "request_id": "idempotency-key",
 }
 """Fields of the HTTP request by those of the server's, the most exact ones first."""
 
@@ -102,6 +103,24 @@ class FineTuningOrder(msgspec.Struct):
         }
         own = {key: value for key, value in found.items() if value is not None}
         return TrainingOptions(**{**own, **self.loraplex})  # type: ignore[typeddict-item]
+
+    @property
+    def params(self) -> dict[str, str]:
+        """Fields of the client's and of the server's request, and those of this one that set them.
+
+        An option of `loraplex` comes before the field that usually sets it.
+        """
+        own = {key: f"loraplex.{key}" for key in TrainingOptions.__annotations__}
+        named = {
+            field.rpartition(".")[2]: param
+            for field, param in PARAMS.items()
+            if field.startswith("spec.")
+        }
+        given = {key: own[key] for key in self.loraplex if key in own}
+        inner = {
+            f"{at}.{key}": param for key, param in given.items() for at in ("spec", "delivery")
+        }
+        return {**inner, **PARAMS, **own, **named, **given}
 
     @property
     def chosen(self) -> Hyperparameters:

@@ -23,7 +23,7 @@ from loraplex_gateway.finetuning.names import (
     server_job_id,
 )
 from loraplex_gateway.finetuning.objects import checkpoint_object, event_object, job_object
-from loraplex_gateway.finetuning.order import PARAMS, FineTuningOrder
+from loraplex_gateway.finetuning.order import FineTuningOrder
 from loraplex_gateway.wire import bodies
 from loraplex_gateway.wire.paging import limit_of, page_of
 
@@ -158,7 +158,7 @@ async def _create(
             **order.options(),  # type: ignore[misc]
         )
     except LoraplexError as error:
-        raise errors.of(error, PARAMS) from None
+        raise errors.of(error, order.params) from None
 
 
 def _named(file: str, param: str) -> str:

@@ -12,6 +12,8 @@ from loraplex_gateway.generation import structure
 from loraplex_gateway.wire.bodies import invalid
 
 MAX_CHOICES: Final = 128
+_MOST_DIGITS: Final = 10
+"""Digits of the largest id that a token may have, which has 32 bits."""
 
 PARAMS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -169,10 +171,12 @@ def check(fields: SamplingFields) -> None:
 def _biases(given: Mapping[str, float] | None) -> dict[int, float] | None:
     if given is None:
         return None
-    found = {}
+    found: dict[int, float] = {}
     for name, bias in given.items():
-        if not (name.isascii() and name.isdigit()):
+        if not (name.isascii() and name.isdigit() and len(name) <= _MOST_DIGITS):
             raise invalid("logit_bias", f"{name[:64]!r} is not the id of a token")
+        if int(name) in found:
+            raise invalid("logit_bias", f"the token {int(name)} is in it twice")
         found[int(name)] = bias
     return found
 

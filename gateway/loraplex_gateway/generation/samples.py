@@ -83,8 +83,12 @@ class Call:
             raise self._failure(error) from None
 
     def _failure(self, error: LoraplexError) -> ApiError:
-        if error.reason == "ADAPTER_NOT_FOUND" and "mix" not in self.options:
-            return errors.not_found(self._model, error.request_id)
+        if error.reason == "ADAPTER_NOT_FOUND":
+            if "mix" not in self.options:
+                return errors.not_found(self._model, error.request_id)
+            missing = errors.of(error)
+            missing.param = "loraplex.mix"
+            return missing
         return errors.of(error, self._params)
 
 

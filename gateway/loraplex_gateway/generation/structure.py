@@ -21,6 +21,7 @@ PARAMS: Final[Mapping[str, str]] = MappingProxyType(
         "structured_output.json_schema": "response_format",
         "structured_output.json_object": "response_format",
         "structured_output.regex": "structured_outputs.regex",
+        "structured_output.choices.texts": "structured_outputs.choice",
         "structured_output.choices": "structured_outputs.choice",
         "structured_output.grammar": "structured_outputs.grammar",
         "structured_output": "response_format",
@@ -31,7 +32,7 @@ PARAMS: Final[Mapping[str, str]] = MappingProxyType(
 """Fields of the server's request, and those of the HTTP request that usually set them."""
 
 
-class JsonSchema(msgspec.Struct, kw_only=True):
+class JsonSchema(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The schema of a response format, with its name."""
 
     schema: Json | None = None
@@ -40,7 +41,7 @@ class JsonSchema(msgspec.Struct, kw_only=True):
     description: str | None = None
 
 
-class ResponseFormat(msgspec.Struct, kw_only=True):
+class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """OpenAI's way. `schema` with the type `json_object` is what several other servers take."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -90,7 +91,8 @@ def params(fields: SamplingFields) -> dict[str, str]:
     if len(asked) != 1:
         return {}
     ((param, option),) = asked
-    return {f"structured_output.{option}": param, "structured_output": param, option: param}
+    inner = {f"structured_output.{option}{rest}": param for rest in (".texts", "")}
+    return {**inner, "structured_output": param, option: param}
 
 
 def schema_text(param: str, schema: Json) -> str:
@@ -132,7 +134,13 @@ def _forms(fields: SamplingFields) -> Iterator[Form]:
 
 
 def _response_format(given: ResponseFormat | None) -> Iterator[Form]:
-    if given is None or given.type == "text":
+    if given is None:
+        return
+    if given.type != "json_schema" and given.json_schema is not None:
+        raise invalid("response_format.json_schema", f"has no meaning with the type {given.type}")
+    if given.type == "text":
+        if given.schema is not None:
+            raise invalid("response_format.schema", "has no meaning with the type text")
         return
     if given.type == "json_object":
         if given.schema is None:

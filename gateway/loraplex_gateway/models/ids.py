@@ -19,7 +19,14 @@ import time
 from collections import OrderedDict
 from typing import Final
 
-from loraplex import AsyncClient, LoraplexError, ModelDescription, PermissionDenied, Unauthenticated
+from loraplex import (
+    AsyncClient,
+    LoraplexError,
+    ModelDescription,
+    NotFound,
+    PermissionDenied,
+    Unauthenticated,
+)
 from loraplex.sources.foreign_ids import name_of
 
 from loraplex_gateway import errors
@@ -93,6 +100,22 @@ class ModelIds:
                 rest = model[len(name) + 1 :]
                 return await self._after_colon(client, model, rest, key)
         raise errors.not_found(model)
+
+    async def require(self, client: AsyncClient, model: str, adapter: str) -> None:
+        """Raises ApiError (404) if there is no such adapter for the caller; "" is the base.
+
+        For calls that do not name it to the server. Who must not look at adapters is not told.
+        """
+        if not adapter:
+            return
+        try:
+            await client.get_adapter(adapter)
+        except NotFound:
+            raise errors.not_found(model) from None
+        except Unauthenticated:
+            raise
+        except PermissionDenied:
+            return
 
     async def _after_colon(self, client: AsyncClient, model: str, rest: str, key: str) -> str:
         """The adapter that the part of an id after the base's name means."""

@@ -90,12 +90,17 @@ class ResponseOutput:
             yield from self._open_item(CallItem(delta.id, delta.name))
         yield from self._arguments(delta)
 
-    def end(self, reason: FinishReason, usage: Usage) -> Iterator[Event]:
-        """The last events, the response itself in the very last."""
+    def end(
+        self, reason: FinishReason, usage: Usage, call_is_open: bool = False
+    ) -> Iterator[Event]:
+        """The last events, the response itself in the very last.
+
+        `call_is_open` if a stop string has cut off the arguments of the last call.
+        """
         is_cut = reason is FinishReason.LENGTH
         if not self._items:
             yield from self._open_item(MessageItem())
-        yield from self._close("incomplete" if is_cut else "completed")
+        yield from self._close("incomplete" if is_cut or call_is_open else "completed")
         status = "incomplete" if is_cut else "completed"
         yield self._event(f"response.{status}", response=self.response(status, usage))
 

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from loraplex_gateway.chat.request import CHAT_PARAMS, ChatRequest
+from loraplex_gateway.chat.request import CHAT_PARAMS, REASONING, ChatRequest
 from loraplex_gateway.errors import ApiError
 from loraplex_gateway.generation.parameters import LoraplexFields
 from loraplex_gateway.generation.structure import JsonSchema, ResponseFormat
@@ -42,7 +42,7 @@ _INCLUDED: Final = frozenset({"reasoning.encrypted_content"})
 _LATER: Final = "is not supported: nothing is kept here between calls; send all items as `input`"
 
 
-class TextFormat(msgspec.Struct, kw_only=True):
+class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The form of the answer. The type `json_schema` has its schema here, unlike in chats."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -52,11 +52,11 @@ class TextFormat(msgspec.Struct, kw_only=True):
     description: str | None = None
 
 
-class TextOptions(msgspec.Struct, kw_only=True):
-    """The field `text`."""
+class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The field `text`. Of the lengths of answers there is the usual one."""
 
     format: TextFormat | None = None
-    verbosity: str | None = None
+    verbosity: Literal["medium"] | None = None
 
 
 class ResponseStreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -65,7 +65,7 @@ class ResponseStreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=
     include_obfuscation: bool | None = None  # padding against the guessing of lengths; never sent
 
 
-class Reasoning(msgspec.Struct, kw_only=True):
+class Reasoning(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """How much the model is to think. Summaries are not made, so asking for one has no effect."""
 
     effort: str | None = None
@@ -178,6 +178,13 @@ def _format(text: TextOptions | None) -> ResponseFormat | None:
         raise invalid("text.format.schema", "is missing")
     schema = None if given.schema is None else JsonSchema(schema=given.schema, name=given.name)
     return ResponseFormat(type=given.type, json_schema=schema)
+
+
+def params_of(request: ResponseRequest) -> Mapping[str, str]:
+    """Fields of the server's request, and those of this request that set them."""
+    if "reasoning_effort" in (request.chat_template_kwargs or {}):
+        return PARAMS
+    return {REASONING: "reasoning.effort", **PARAMS}
 
 
 @contextmanager

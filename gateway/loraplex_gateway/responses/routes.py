@@ -20,11 +20,11 @@ from loraplex_gateway.generation.samples import Call
 from loraplex_gateway.generation.target import head_of, target
 from loraplex_gateway.responses.output import ResponseOutput
 from loraplex_gateway.responses.request import (
-    PARAMS,
     RESPONSES_NEUTRAL,
     ResponseRequest,
     chat_of,
     named_as_sent,
+    params_of,
 )
 from loraplex_gateway.tools import ToolPlan
 from loraplex_gateway.wire.bodies import HARMLESS, read
@@ -49,7 +49,7 @@ def routes(context: Context) -> list[BaseRoute]:
         who = await target(context, client, request, chat)
         head = await head_of(context, client, request, chat)
         options = merged(options, {**who, "request_id": head.request_id})
-        call = Call(client, body.model, tooling.params(plan, PARAMS), **options)
+        call = Call(client, body.model, tooling.params(plan, params_of(body)), **options)
         if body.stream:
             stream = ResponseStream(body, plan, head)
             return EventStream(stream.events(call), stream.headers, last=b"")
@@ -82,7 +82,7 @@ def _whole(
     for delta in (*reader.feed(completion.text), *reader.end()):
         for _ in output.add(delta):
             pass
-    *_, last = output.end(completion.finish_reason, completion.usage)
+    *_, last = output.end(completion.finish_reason, completion.usage, reader.is_open)
     response: dict[str, Any] = last["response"]
     return response
 
@@ -116,12 +116,14 @@ class ResponseStream:
         except (ApiError, LoraplexError) as error:
             if not begun:
                 raise
-            failure = error if isinstance(error, ApiError) else errors.of(error, PARAMS)
+            failure = error if isinstance(error, ApiError) else errors.of(error)
             yield _written([output.fail(failure)])
             return
         last = b"" if begun else _written(output.begin())
         last += b"".join(_written(output.add(each)) for each in self._reader.end())
-        yield last + _written(output.end(completion.finish_reason, completion.usage))
+        yield last + _written(
+            output.end(completion.finish_reason, completion.usage, self._reader.is_open)
+        )
 
 
 def _written(events: Iterable[dict[str, Any]]) -> bytes:

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from loraplex import AsyncClient
+from loraplex import AsyncClient, LoraplexError, ModelDescription
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from loraplex_gateway import errors
+from loraplex_gateway.chat import tooling
 from loraplex_gateway.chat.request import CHAT_PARAMS, ChatRequest, conversation_options
 from loraplex_gateway.context import Context, bearer
 from loraplex_gateway.generation.rendering import rendering
@@ -19,6 +21,7 @@ from loraplex_gateway.wire.bodies import invalid, read
 from loraplex_gateway.wire.replies import reply
 
 _HARMLESS: Final = frozenset({"user"})
+_PARAMS: Final = {"token_ids.ids": "tokens", "token_ids": "tokens"}
 _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"mm_processor_kwargs": ({},)})
 
 
@@ -32,17 +35,24 @@ def routes(context: Context) -> list[BaseRoute]:
         base = await context.ids.base(client)
         model = body.model or base.name
         adapter = await context.ids.adapter(client, model, bearer(request))
-        return reply(await _tokenized(client, body, model, adapter, base.max_context))
+        if body.prompt is not None and adapter:
+            await context.ids.require(client, model, adapter)
+        return reply(await _tokenized(client, body, model, adapter, context, base))
 
     async def detokenize(request: Request) -> Response:
         client = context.client_for(request)
         limit = context.settings.max_body_bytes
         body = await read(request, DetokenizeRequest, limit, _HARMLESS, _NEUTRAL)
         if body.model:
-            await context.ids.adapter(client, body.model, bearer(request))
+            adapter = await context.ids.adapter(client, body.model, bearer(request))
+            await context.ids.require(client, body.model, adapter)
         tokens = checked_tokens(body)
         skip = bool(body.skip_special_tokens)
-        return reply({"prompt": (await client.detokenize(tokens, skip_special_tokens=skip)).text})
+        try:
+            found = await client.detokenize(tokens, skip_special_tokens=skip)
+        except LoraplexError as error:
+            raise errors.of(error, _PARAMS) from None
+        return reply({"prompt": found.text})
 
     async def info(request: Request) -> Response:
         return reply(await _info(context.client_for(request)))
@@ -55,19 +65,34 @@ def routes(context: Context) -> list[BaseRoute]:
 
 
 async def _tokenized(
-    client: AsyncClient, body: TokenizeRequest, model: str, adapter: str, max_context: int
+    client: AsyncClient,
+    body: TokenizeRequest,
+    model: str,
+    adapter: str,
+    context: Context,
+    base: ModelDescription,
 ) -> dict[str, Any]:
     if (body.prompt is None) == (body.messages is None):
         raise invalid("prompt", "must be given, or messages, but not both")
     if body.messages is not None:
-        options = conversation_options(_chat(body, model))
+        if body.add_special_tokens:
+            raise invalid("add_special_tokens", "has no meaning with messages; the template adds")
+        chat = _chat(body, model)
+        options = conversation_options(chat)
+        _, plan = tooling.with_tools({}, chat, base, context.settings)
+        if plan is not None:
+            options["tools"] = plan.rendered
         rendered = await rendering(client, model, adapter or None, options, CHAT_PARAMS)
         tokens = list(rendered.token_ids)
     else:
         special = body.add_special_tokens is not False
         tokenized = await client.tokenize(body.prompt or "", special_tokens=special)
         tokens = list(tokenized.token_ids)
-    found: dict[str, Any] = {"count": len(tokens), "max_model_len": max_context, "tokens": tokens}
+    found: dict[str, Any] = {
+        "count": len(tokens),
+        "max_model_len": base.max_context,
+        "tokens": tokens,
+    }
     if body.return_token_strs:
         found["token_strs"] = await _pieces(client, tokens)
     return found
@@ -95,6 +120,7 @@ def _chat(body: TokenizeRequest, model: str) -> ChatRequest:
     return ChatRequest(
         model=model,
         messages=body.messages or [],
+        tools=body.tools,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         chat_template_kwargs=body.chat_template_kwargs,

@@ -86,7 +86,7 @@ def with_tools(
     answer: Mapping[str, Any] | None = None
     if forms.get("json_object"):
         answer = {"type": "object"}
-    elif "json_schema" in forms:
+    elif tools and "json_schema" in forms:  # otherwise the server reads it
         answer = _schema(forms["json_schema"])
     planned = plan(model, tools, choice, parallel, tool_format=tool_format, answer=answer)
     if planned is None:

@@ -24,6 +24,10 @@ class ToolReader(Protocol):
     def called(self) -> bool:
         """Whether a call has been found."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a call has begun and its arguments have not ended."""
+
     def feed(self, text: str) -> list[ToolDelta]:
         """Takes more text; returns what is certain by now."""
 
@@ -35,6 +39,7 @@ class PlainReader:
     """All text is shown."""
 
     called: Final = False
+    is_open: Final = False
 
     def feed(self, text: str) -> list[ToolDelta]:
         return [TextDelta(text)] if text else []
@@ -47,6 +52,10 @@ class DeltaSink:
     """The parts that a reading has found and nobody has taken yet.
 
     `once` drops all calls but the first.
+
+    Attributes:
+        calls: number of calls that have begun.
+        is_open: whether the arguments of the last one have not ended.
     """
 
     def __init__(self, new_id: Callable[[], str], once: bool) -> None:
@@ -54,6 +63,7 @@ class DeltaSink:
         self._once = once
         self._deltas: list[ToolDelta] = []
         self.calls = 0
+        self.is_open = False
 
     def show(self, text: str) -> None:
         if text:
@@ -62,6 +72,7 @@ class DeltaSink:
     def begin(self, name: str) -> None:
         """Begins a call."""
         self.calls += 1
+        self.is_open = True
         if self._is_wanted:
             self._deltas.append(CallDelta(self.calls - 1, id=self._new_id(), name=name))
 
@@ -69,6 +80,10 @@ class DeltaSink:
         """Adds to the arguments of the last call."""
         if text and self._is_wanted:
             self._deltas.append(CallDelta(self.calls - 1, text))
+
+    def whole(self) -> None:
+        """Ends the arguments of the last call."""
+        self.is_open = False
 
     def take(self) -> list[ToolDelta]:
         taken, self._deltas = self._deltas, []
@@ -99,6 +114,11 @@ class SteppedReader:
     def called(self) -> bool:
         """Whether a call has been found."""
         return self._out.calls > 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a call has begun and its arguments have not ended."""
+        return self._out.is_open
 
     def feed(self, text: str) -> list[ToolDelta]:
         self._source.text += text
@@ -202,6 +222,7 @@ class _Shown:
         for call in calls:
             self._out.begin(call.name)
             self._out.arguments(call.arguments)
+            self._out.whole()
 
     def end(self) -> None:
         self._out.show(self._space)
@@ -226,14 +247,20 @@ class WireReading:
                 yield from source.json(out.arguments)
             except Malformed:
                 break
+            out.whole()
             if wire.closing and not (yield from source.take(wire.closing)):
                 break
             source.drop()
             lead = wire.between
         if wire.last and out.calls:
             yield from source.take(wire.last)
+        follows_call = out.calls > 0 and not out.is_open
         while True:
-            out.show(source.text[source.at :])
+            text = source.text[source.at :]
+            if follows_call:
+                text = text.lstrip()
+                follows_call = not text
+            out.show(text)
             source.at = len(source.text)
             source.drop()
             if not (yield from source.more()):

@@ -53,6 +53,11 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
 )
 """Values with which a field that is not supported changes no answer: clients send defaults, too."""
 
+_INSTEAD: Final[Mapping[str, str]] = MappingProxyType(
+    {"function_call": "tool_choice", "functions": "tools"}
+)
+"""The fields that have replaced others."""
+
 BODY_SECONDS: Final = 60.0
 """Seconds that a body may take to arrive."""
 
@@ -63,15 +68,16 @@ LEAST_RATE: Final = 1024
 """Bytes in a second that a form must have on average, after the first SILENT_SECONDS."""
 
 _PATH: Final = re.compile(r" - at `\$\.?(.*)`$")
-_MISSING: Final = re.compile(r"missing required field `(.*?)`")
+_MISSING: Final = re.compile(r"(?:missing required|unknown) field `(.*?)`")
 
 
 async def pieces_of(request: Request) -> AsyncGenerator[bytes, None]:
     """The body of a form as it arrives, however large.
 
-    Raises ApiError: 408 if nothing comes for a minute, or almost nothing for longer; 499 if the
-    client closes the connection.
+    Raises ApiError: 408 if nothing comes for a minute, or almost nothing for longer; 415 for a body
+    that is compressed; 499 if the client closes the connection.
     """
+    require_plain(request)
     loop, pieces, count = asyncio.get_running_loop(), aiter(request.stream()), 0
     began = loop.time()
     while True:
@@ -91,7 +97,11 @@ async def pieces_of(request: Request) -> AsyncGenerator[bytes, None]:
 
 
 async def body_of(request: Request, limit: int) -> bytes:
-    """The whole body. Raises ApiError: 413 above `limit` bytes, 408 if it does not arrive."""
+    """The whole body.
+
+    Raises ApiError: 413 above `limit` bytes, 408 if it does not arrive, 415 if it is compressed.
+    """
+    require_plain(request)
     found = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -138,6 +148,14 @@ def require_json(request: Request) -> None:
         raise ApiError(415, f"the header content-type {given}; it must be application/json")
 
 
+def require_plain(request: Request) -> None:
+    """Raises ApiError (415) for a body that is compressed, which nothing here unpacks."""
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        text = f"the header content-encoding is {coding[:64]}; send the body as it is"
+        raise ApiError(415, text, code="unsupported_encoding")
+
+
 def loads(data: bytes) -> dict[str, Any]:
     """The JSON object in `data`. Raises ApiError (400)."""
     try:
@@ -171,6 +189,8 @@ def unsupported(param: str) -> ApiError:
     """The error for a field that is not supported, or not with this value."""
     name = param if len(param) <= 64 else f"{param[:64]}..."
     text = f"Unrecognized request argument supplied: {name}; it is not supported here"
+    if name in _INSTEAD:
+        text += f", use {_INSTEAD[name]} instead"
     return ApiError(400, text, param=name, code="unknown_parameter")
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from starlette.requests import Request
 
 from loraplex_gateway.errors import ApiError
 
+_MOST_DIGITS: Final = 9
+
 
 def limit_of(request: Request, default: int, most: int) -> int:
     """The parameter `limit`. Raises ApiError (400)."""
     text = request.query_params.get("limit", str(default))
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= most:
+    is_number = text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
+    if not is_number or not 1 <= int(text) <= most:
         raise ApiError(400, f"limit: must be 1 to {most}", param="limit", code="invalid_value")
     return int(text)
 

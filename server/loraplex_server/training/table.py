@@ -84,7 +84,7 @@ class JobTable:
     async def add(self, job: JobRecord) -> None:
         """Adds a new job whose record is on the disk."""
         self._jobs[job.id] = job
-        await self.histories.add(job.id, _entered(job))
+        await self.histories.add(job.id, entered(job))
 
     async def publish(self, job: JobRecord, save: bool = True) -> None:
         """Replaces a job's state: first on the disk, unless `save` is false, then for everybody."""
@@ -97,7 +97,7 @@ class JobTable:
         self._jobs[job.id] = job
         self.wake()
         if before is None or before.state is not job.state:
-            await self.histories.add(job.id, _entered(job), last=job.final)
+            await self.histories.add(job.id, entered(job), last=job.final)
 
     def wake(self) -> None:
         """Wakes all that wait for a change: of a job, or of the positions in the queue."""
@@ -145,8 +145,8 @@ class JobTable:
                 log.error("training job %s cannot be removed from the disk: %s", job.id, error)
 
 
-def _entered(job: JobRecord) -> list[JobEventRecord]:
-    """The events of a job that has entered its state."""
+def entered(job: JobRecord) -> list[JobEventRecord]:
+    """The events of a job that has entered its state, without numbers and times."""
     texts = []
     if job.error is not None:
         texts.append(f"{job.error.reason}: {job.error.message}")

@@ -4,6 +4,7 @@
     <backup>/lock                   held while a backup is made
     <backup>/work/                  files in progress
     <backup>/blobs/sha256/<hex>/    adapter_config.json, adapter_model.safetensors
+    <backup>/attached/sha256/<hex>  files of folders that the server keeps beside the store
     <backup>/index-<hex>.jsonl      the index; `<hex>` begins its own SHA-256
     <backup>/manifest.json          what the last whole backup consists of; written last
 
@@ -19,7 +20,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,9 +28,13 @@ from loraplex_model.base.durable import is_disk_full
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.format.digest import digest_hex, is_digest
+from loraplex_adapters.store.backup.attached.folder import Listed, listed_of
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Version of a backup's form. A greater one is refused."""
+
+_WITHOUT_FOLDERS: Final = 1
+"""The form of backups without attached folders, and of `backup.json` in all backups."""
 
 MARKER: Final = "backup.json"
 MANIFEST: Final = "manifest.json"
@@ -52,6 +57,8 @@ class Manifest:
         rows: number of rows by table.
         blobs: size in bytes of both files, by digest.
         lost: digests that the index names and whose files were missing or damaged in the store.
+        attached: files of the attached folders.
+        attached_lost: names of folders whose files were damaged.
     """
 
     store_id: str
@@ -62,11 +69,20 @@ class Manifest:
     rows: Mapping[str, int]
     blobs: Mapping[str, int]
     lost: tuple[str, ...] = ()
+    attached: Listed = field(default_factory=dict)
+    attached_lost: tuple[str, ...] = ()
 
     def encode(self) -> bytes:
-        """The file's bytes: the fields, and their SHA-256."""
+        """The file's bytes: the fields, and their SHA-256.
+
+        Earlier servers read a backup without attached folders, too.
+        """
         body = {name: getattr(self, name) for name in type(self).__slots__}
-        fields = _canonical({"format": FORMAT, **body})
+        version = FORMAT
+        if not (self.attached or self.attached_lost):
+            version = _WITHOUT_FOLDERS
+            del body["attached"], body["attached_lost"]
+        fields = _canonical({"format": version, **body})
         return b'{"body":' + fields + b',"sha256":"' + _sha256(fields).encode() + b'"}\n'
 
 
@@ -90,14 +106,14 @@ def read_marker(place: Path) -> str | None:
     except FileNotFoundError:
         return None
     store_id = found.get("store_id")
-    if found.get("format") != FORMAT or not isinstance(store_id, str):
+    if found.get("format") != _WITHOUT_FOLDERS or not isinstance(store_id, str):
         raise invalid(f"{MARKER} is damaged, or of a newer version")
     return store_id
 
 
 def marker(store_id: str) -> bytes:
     """The bytes of the file that says which store a directory is a backup of."""
-    return _canonical({"format": FORMAT, "store_id": store_id}) + b"\n"
+    return _canonical({"format": _WITHOUT_FOLDERS, "store_id": store_id}) + b"\n"
 
 
 def read_manifest(place: Path) -> Manifest:
@@ -120,10 +136,16 @@ def read_manifest(place: Path) -> Manifest:
     body = found.get("body")
     if not isinstance(body, dict) or found.get("sha256") != _sha256(_canonical(body)):
         raise invalid(f"{MANIFEST} is damaged")
-    if body.pop("format", None) != FORMAT:
-        raise invalid("the backup was made by a newer version of the server; use that one")
+    version = body.pop("format", None)
+    if version not in range(_WITHOUT_FOLDERS, FORMAT + 1):
+        raise invalid(
+            f"the backup has the form {version}, and this server reads up to {FORMAT}: it was made "
+            "by a newer version of the server; use that one"
+        )
     try:
-        manifest = Manifest(**{**body, "lost": tuple(body["lost"])})
+        folders = listed_of(body.get("attached", {}))
+        lost = {name: tuple(body.get(name, ())) for name in ("lost", "attached_lost")}
+        manifest = Manifest(**{**body, **lost, "attached": folders})
         sound = all(map(is_digest, [*manifest.blobs, *manifest.lost]))
         if not sound or manifest.index != index_name(manifest.index_sha256):
             raise ValueError

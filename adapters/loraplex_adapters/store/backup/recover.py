@@ -22,6 +22,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.store import disk
 from loraplex_adapters.store.backup import rows
+from loraplex_adapters.store.backup.attached import placing
 from loraplex_adapters.store.backup.copying import check, copy
 from loraplex_adapters.store.backup.place import Manifest, blob_in, invalid, read_file
 from loraplex_adapters.store.backup.verify import Checked, check_backup, index_rows
@@ -45,40 +46,69 @@ class Recovered:
         manifest: the backup's.
         adapters: number of different adapters whose files are there.
         left_out: digests that the index names and whose files are not there.
+        folders: number of attached folders that are there.
+        folders_left_out: names of those that are not.
     """
 
     manifest: Manifest
     adapters: int
     left_out: tuple[str, ...]
+    folders: int = 0
+    folders_left_out: tuple[str, ...] = ()
 
 
-def recover(place: Path, root: Path, url: str = "", *, damaged: bool = False) -> Recovered:
+def recover(
+    place: Path,
+    root: Path,
+    url: str = "",
+    *,
+    damaged: bool = False,
+    attached: Path | None = None,
+) -> Recovered:
     """Makes a store in `root`, and in the database `url`, of the backup in `place`.
 
     The whole backup is read and checked before anything is written. `root` must be missing or
     empty, and the database must have no store. The store has the id that it had.
+    Attached folders come into the directory `attached`, which must be missing or empty and which no
+    server may use; without it they are left out.
     Adapters whose files were lost when the backup was made have none in the new store either; with
-    `damaged`, so do adapters whose files are damaged in the backup, which is otherwise refused.
-    Raises Refusal: BACKUP_INVALID, BACKUP_FAILED, STORE_EXISTS, STORE_FULL, STORE_UNAVAILABLE.
+    `damaged`, so do adapters whose files are damaged in the backup, which is otherwise refused, and
+    damaged folders are left out.
+    Raises Refusal: BACKUP_INVALID, BACKUP_FAILED, STORE_EXISTS, STORE_FULL, STORE_UNAVAILABLE,
+    BUSY.
     """
     checked = check_backup(place)
-    if checked.damaged and not damaged:
-        first = next(iter(checked.damaged.values()))
-        raise invalid(
-            f"{len(checked.damaged)} adapters of the backup are damaged: {first}; to recover "
-            "everything else, say so (--damaged)"
-        )
+    if not damaged:
+        _require_intact(checked)
     database = Database(root / "index.sqlite3", url)
     with disk.disk_errors():
         if os.path.lexists(root) and not root.is_dir():
             raise _exists(f"{root} is not a directory")
     with disk.locked(root):
         try:
-            if not _is_unfinished(root):
+            goes_on = _is_unfinished(root)
+            if not goes_on:
                 _require_new(root, database if url else None)
-            return _fill(place, checked, root, database)
+            folders = checked.manifest.attached
+            if attached is None or not folders:
+                return _fill(place, checked, root, database, None)
+            with placing.held(attached, folders, goes_on=goes_on):
+                return _fill(place, checked, root, database, attached)
         finally:
             database.close()
+
+
+def _require_intact(checked: Checked) -> None:
+    for found, what in (
+        (checked.damaged, "adapters"),
+        (checked.attached_damaged, "folders of records"),
+    ):
+        if found:
+            first = next(iter(found.values()))
+            raise invalid(
+                f"{len(found)} {what} of the backup are damaged: {first}; to recover everything "
+                "else, say so (--damaged)"
+            )
 
 
 def _is_unfinished(root: Path) -> bool:
@@ -103,7 +133,9 @@ def _require_new(root: Path, database: Database | None) -> None:
                 raise _exists("the database has the index of a store")
 
 
-def _fill(place: Path, checked: Checked, root: Path, database: Database) -> Recovered:
+def _fill(
+    place: Path, checked: Checked, root: Path, database: Database, attached: Path | None
+) -> Recovered:
     manifest = checked.manifest
     with disk.disk_errors():
         reach("backup.recover.guard")
@@ -117,6 +149,8 @@ def _fill(place: Path, checked: Checked, root: Path, database: Database) -> Reco
     intact = [digest for digest in manifest.blobs if digest not in checked.damaged]
     for digest in intact:
         _place(place, root, digest)
+    if attached is not None:
+        placing.put(place, manifest.attached, attached, checked.attached_damaged)
     reach("backup.recover.identity")
     write_id(root, manifest.store_id)
     _write_index(place, manifest, database)
@@ -126,7 +160,12 @@ def _fill(place: Path, checked: Checked, root: Path, database: Database) -> Reco
         reach("backup.recover.done")
         (root / _GUARD).unlink()
         flush(root)
-    return Recovered(manifest, len(intact), _left_out(manifest, checked.damaged))
+    there = set(manifest.attached) - set(checked.attached_damaged)
+    if attached is None:
+        there = set()
+    absent = {*manifest.attached, *manifest.attached_lost} - there
+    lost = _left_out(manifest, checked.damaged)
+    return Recovered(manifest, len(intact), lost, len(there), tuple(sorted(absent)))
 
 
 def _place(place: Path, root: Path, digest: str) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.store.backup import rows
+from loraplex_adapters.store.backup.attached.placing import check_object
 from loraplex_adapters.store.backup.copying import check
 from loraplex_adapters.store.backup.place import (
     Manifest,
@@ -29,14 +30,16 @@ class Checked:
 
     Attributes:
         damaged: what is wrong with the files of an adapter, by digest.
+        attached_damaged: what is wrong with an attached folder, by its name.
     """
 
     manifest: Manifest
     damaged: dict[str, str]
+    attached_damaged: dict[str, str] = field(default_factory=dict)
 
 
 def check_backup(place: Path) -> Checked:
-    """Reads the backup in a directory, every adapter's files included.
+    """Reads the backup in a directory, every adapter's files and attached folder included.
 
     Raises Refusal: BACKUP_INVALID if there is no whole backup, or if its index is damaged or of
     a newer version; BACKUP_FAILED if the disk fails.
@@ -54,7 +57,21 @@ def check_backup(place: Path) -> Checked:
             if refusal.reason is not Reason.BACKUP_INVALID:
                 raise
             damaged[digest] = refusal.message
-    return Checked(manifest, damaged)
+    return Checked(manifest, damaged, _check_attached(place, manifest))
+
+
+def _check_attached(place: Path, manifest: Manifest) -> dict[str, str]:
+    """What is wrong with attached folders, by their names."""
+    for parent in (place / "attached", place / "attached" / "sha256"):
+        require_directory(parent)
+    damaged = {}
+    for name, files in manifest.attached.items():
+        for file, (sha256, size) in files.items():
+            try:
+                check_object(place, sha256, size)
+            except Refusal as refusal:
+                damaged[name] = f"{name}/{file}: {refusal.message}"
+    return damaged
 
 
 def index_rows(place: Path, manifest: Manifest) -> Iterator[rows.Row]:

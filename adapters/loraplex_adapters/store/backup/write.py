@@ -25,6 +25,8 @@ from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.store.backup import rows
+from loraplex_adapters.store.backup.attached.folder import HEX, Attachments, object_in, sizes_of
+from loraplex_adapters.store.backup.attached.taking import Taken, take
 from loraplex_adapters.store.backup.copying import copy
 from loraplex_adapters.store.backup.place import (
     LOCK,
@@ -47,7 +49,6 @@ from loraplex_adapters.store.index import schema
 from loraplex_adapters.store.index.database import Database
 
 _OLD_INDEX: Final = re.compile(r"\Aindex-[0-9a-f]{16}\.jsonl\Z")
-_HEX: Final = re.compile(r"\A[0-9a-f]{64}\Z")
 _READINGS: Final = 5
 
 
@@ -59,11 +60,13 @@ class BackedUp:
         manifest: what it consists of.
         copied: digests whose files were copied; the backup had the others already.
         pruned: digests whose files were removed from the backup.
+        attached_copied: number of files of attached folders that were copied.
     """
 
     manifest: Manifest
     copied: tuple[str, ...]
     pruned: tuple[str, ...]
+    attached_copied: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +80,23 @@ class _Dumped:
     digests: tuple[str, ...]
 
 
-def back_up(root: Path, url: str, place: Path, *, prune: bool = False) -> BackedUp:
+def back_up(
+    root: Path,
+    url: str,
+    place: Path,
+    *,
+    prune: bool = False,
+    attachments: Attachments | None = None,
+) -> BackedUp:
     """Backs up the store in `root`, whose index is at `url` ("" for SQLite), to the directory
     `place`.
 
     `place` is created, is empty, or holds a backup of the same store, which is brought up to date:
     only files that it lacks are copied. Files that the index no longer names stay, unless `prune`.
     The store is not changed. Unfinished uploads are not backed up.
+    The folders of `attachments` are read before the index, so that what they say of adapters is
+    never newer than the index. If there is no place for such folders, a backup that has some is
+    refused, since they would be lost from it.
     Raises Refusal: STORE_UNAVAILABLE; BACKUP_INVALID (`place` holds a backup of another store, or a
     newer one); BACKUP_FAILED (it holds something else, or cannot be written); DISK_FULL; BUSY.
     """
@@ -92,11 +105,14 @@ def back_up(root: Path, url: str, place: Path, *, prune: bool = False) -> Backed
     try:
         store_id = _store_id(root, database)
         with _held(place, store_id) as work:
-            sizes = _known_sizes(place)
+            former = _former(place)
+            taken = _take_attached(attachments, place, work, former)
+            sizes = dict(former.blobs) if former is not None else {}
             dumped, lost, copied = _copy_all(root, database, place, work, sizes)
-            manifest = _manifest(dumped, lost, sizes)
+            manifest = _manifest(dumped, lost, sizes, taken)
             _commit(place, dumped, manifest)
-            return BackedUp(manifest, copied, _prune(place, manifest) if prune else ())
+            pruned = _prune(place, manifest) if prune else ()
+            return BackedUp(manifest, copied, pruned, taken.copied)
     finally:
         database.close()
 
@@ -159,17 +175,35 @@ def _prepare(place: Path, store_id: str) -> None:
         raise Refusal(Reason.BACKUP_INVALID, message)
 
 
-def _known_sizes(place: Path) -> dict[str, int]:
-    """Sizes by digest of the files that the backup has; of a damaged manifest, none.
+def _former(place: Path) -> Manifest | None:
+    """The manifest of the backup before this one; None if there is none, or a damaged one.
 
-    Files that are not known are copied again.
+    Files that it does not name are copied again.
     """
     try:
-        return dict(read_manifest(place).blobs)
+        return read_manifest(place)
     except Refusal as refusal:
         if refusal.reason is not Reason.BACKUP_INVALID:
             raise
-        return {}
+        return None
+
+
+def _take_attached(
+    attachments: Attachments | None, place: Path, work: Path, former: Manifest | None
+) -> Taken:
+    """Copies the attached folders. Raises Refusal as `back_up`."""
+    if attachments is None:
+        return Taken({}, (), 0)
+    if not attachments.exists():
+        if former is not None and former.attached:
+            count = len(former.attached)
+            message = (
+                f"{place} has {count} folders of records, and the directory that they came from is "
+                "not there; name that directory, or say that they are to be left out"
+            )
+            raise Refusal(Reason.BACKUP_FAILED, message)
+        return Taken({}, (), 0)
+    return take(attachments, place, work, sizes_of(former.attached) if former else {})
 
 
 def _copy_all(
@@ -247,7 +281,9 @@ def _copy_one(root: Path, place: Path, work: Path, digest: str) -> int | None:
     return size
 
 
-def _manifest(dumped: _Dumped, lost: Collection[str], sizes: dict[str, int]) -> Manifest:
+def _manifest(
+    dumped: _Dumped, lost: Collection[str], sizes: dict[str, int], taken: Taken
+) -> Manifest:
     return Manifest(
         store_id=dumped.meta["store_id"],
         schema_version=int(dumped.meta["schema_version"]),
@@ -257,6 +293,8 @@ def _manifest(dumped: _Dumped, lost: Collection[str], sizes: dict[str, int]) -> 
         rows=dumped.rows,
         blobs={digest: sizes[digest] for digest in dumped.digests if digest not in lost},
         lost=tuple(lost),
+        attached=taken.folders,
+        attached_lost=taken.lost,
     )
 
 
@@ -276,15 +314,20 @@ def _commit(place: Path, dumped: _Dumped, manifest: Manifest) -> None:
 
 
 def _prune(place: Path, manifest: Manifest) -> tuple[str, ...]:
-    """Removes the files of adapters that the manifest does not name."""
+    """Removes the files of adapters, and of folders, that the manifest does not name."""
     pruned = []
     with disk_errors():
         for name in sorted(os.listdir(place / "blobs" / "sha256")):
             digest = f"sha256:{name}"
-            if _HEX.match(name) and digest not in manifest.blobs:
+            if HEX.match(name) and digest not in manifest.blobs:
                 reach("backup.prune")
                 blob_in(place, digest).rename(place / WORK / uuid.uuid4().hex)
                 pruned.append(digest)
+        named, attached = sizes_of(manifest.attached), place / "attached" / "sha256"
+        for name in sorted(os.listdir(attached)) if attached.is_dir() else ():
+            if HEX.match(name) and name not in named:
+                reach("backup.attached.prune")
+                object_in(place, name).rename(place / WORK / uuid.uuid4().hex)
     return tuple(pruned)
 
 

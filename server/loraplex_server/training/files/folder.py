@@ -40,8 +40,10 @@ DATA_FILE: Final = "loraplex.v1.DataFile"
 CHUNK: Final = 1 << 18
 """Bytes that are read at once."""
 
-_BYTES: Final = "data"
-_RECORD: Final = "file.json"
+BYTES: Final = "data"
+RECORD: Final = "file.json"
+"""Names of the two files in a file's directory."""
+
 _ARRIVING: Final = ".arriving-"
 _LEAVING: Final = ".leaving-"
 _ID: Final = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}")
@@ -70,7 +72,7 @@ class DataFolder:
                 shutil.rmtree(entry, ignore_errors=True)
             elif _ID.fullmatch(entry.name):
                 try:
-                    content = read_regular(entry / _RECORD)
+                    content = read_regular(entry / RECORD)
                     found.append(msgspec.json.decode(content, type=DataFileRecord))
                 except (msgspec.DecodeError, OSError) as error:
                     log.error("the record of data file %s is damaged: %s", entry.name, error)
@@ -96,7 +98,7 @@ class DataFolder:
         """Opens a file's bytes. Raises Refusal: DATA_NOT_FOUND, DATA_CORRUPT."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            descriptor = os.open(self._root / record.id / _BYTES, flags)
+            descriptor = os.open(self._root / record.id / BYTES, flags)
         except FileNotFoundError:
             raise not_found(record.id) from None
         except OSError as error:
@@ -127,7 +129,7 @@ class ArrivingFile:
         self._folder = folder
         self._place = place
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._file = os.fdopen(os.open(folder / _BYTES, flags, 0o600), "wb", buffering=0)
+        self._file = os.fdopen(os.open(folder / BYTES, flags, 0o600), "wb", buffering=0)
 
     def append(self, piece: bytes) -> None:
         """Writes the next bytes."""
@@ -139,7 +141,7 @@ class ArrivingFile:
         """Flushes the bytes and the record to the disk, and gives the file its name."""
         flush_file(self._file)
         self._file.close()
-        write_atomically(self._folder / _RECORD, msgspec.json.encode(record), mode=0o600)
+        write_atomically(self._folder / RECORD, msgspec.json.encode(record), mode=0o600)
         flush(self._folder)
         self._folder.rename(self._place)
         flush(self._place.parent)

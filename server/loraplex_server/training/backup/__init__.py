@@ -1,0 +1,1 @@
+"""What a backup of the store takes along of the training jobs."""
