@@ -11,6 +11,7 @@ from loraplex import (
     AsyncStream,
     Completion,
     Delta,
+    Finished,
     FinishReason,
     LoraplexError,
     MatchedStop,
@@ -68,17 +69,17 @@ class Call:
         except LoraplexError as error:
             raise self._failure(error) from None
 
-    async def stream(self, opened: list[AsyncStream]) -> AsyncIterator[Delta]:
-        """Yields the parts as they come; the stream itself is put into `opened`. Raises ApiError.
+    async def stream(self, opened: list[AsyncStream]) -> AsyncIterator[Delta | Finished]:
+        """Yields the parts as they come, and the end of each completion. Raises ApiError.
 
-        The call on the server ends with this iterator.
+        The stream itself is put into `opened`. The call on the server ends with this iterator.
         """
         try:
             stream = self._client.stream(self._prompt, **self.options)
             opened.append(stream)
             async with aclosing(stream):
-                async for delta in stream:
-                    yield delta
+                async for part in stream.parts():
+                    yield part
         except LoraplexError as error:
             raise self._failure(error) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
-from loraplex import AsyncStream, Completion, LoraplexError
+from loraplex import AsyncStream, Completion, Finished, LoraplexError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -105,10 +105,12 @@ class ResponseStream:
         """Yields the events. Raises ApiError before the first one; a later one is an event."""
         output, begun = self._output, False
         try:
-            async for delta in call.stream(self._opened):
+            async for part in call.stream(self._opened):
+                if isinstance(part, Finished):  # the end is told with that of the call
+                    continue
                 first = b"" if begun else _written(output.begin())
                 begun = True
-                found = self._reader.feed(delta.text)
+                found = self._reader.feed(part.text)
                 if chunk := first + b"".join(_written(output.add(each)) for each in found):
                     yield chunk
             (stream,) = self._opened
