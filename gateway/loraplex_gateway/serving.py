@@ -16,7 +16,7 @@ from typing import Final
 import uvicorn
 from starlette.types import ASGIApp
 
-from loraplex_gateway.connections import BoundedConnection, allow_descriptors
+from loraplex_gateway.connections import BoundedConnection, allow_descriptors, limit_of
 from loraplex_gateway.settings import GatewaySettings, SettingsError
 
 BACKLOG: Final = 1024
@@ -81,7 +81,7 @@ def server_of(app: ASGIApp, settings: GatewaySettings) -> GatewayServer:
         http=BoundedConnection,
         ws="none",
         lifespan="on",
-        limit_concurrency=settings.max_connections + 1,
+        limit_concurrency=limit_of(settings.max_connections),
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=round(settings.drain_seconds),
         backlog=BACKLOG,

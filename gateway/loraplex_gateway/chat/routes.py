@@ -22,6 +22,7 @@ from loraplex_gateway.generation.answers import merged
 from loraplex_gateway.generation.rendering import rendering
 from loraplex_gateway.generation.samples import Call
 from loraplex_gateway.generation.target import head_of, target
+from loraplex_gateway.places import ClientsInTurn
 from loraplex_gateway.wire.bodies import read
 from loraplex_gateway.wire.events import EventStream, unless_gone
 from loraplex_gateway.wire.replies import reply
@@ -40,7 +41,7 @@ def routes(context: Context) -> list[BaseRoute]:
         head = await head_of(context, client, request, body)
         options = merged(options, {**who, "request_id": head.request_id})
         names = tooling.params(plan, {**CHAT_PARAMS, **structure.params(body)})
-        call = Call(client, body.model, names, **options)
+        call = Call(ClientsInTurn([client]), body.model, names, **options)
         if body.stream:
             stream = ChatStream(body, plan, head)
             return EventStream(stream.events(call), stream.headers)

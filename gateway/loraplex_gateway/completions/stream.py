@@ -21,7 +21,11 @@ Echoes = Callable[[int, Started], Awaitable[Echoed]]
 class CompletionStream:
     """The events of the completions of all prompts."""
 
-    def __init__(self, request: CompletionRequest, head: Head, calls: list[Call]) -> None:
+    def __init__(
+        self, request: CompletionRequest, head: Head, calls: list[Call], at_once: int
+    ) -> None:
+        """At most `at_once` of the calls run at a time."""
+        self._at_once = at_once
         self._request = request
         self._head = head
         self._calls = calls
@@ -39,7 +43,8 @@ class CompletionStream:
 
     async def events(self, echoes: Echoes) -> AsyncGenerator[bytes, None]:
         """Yields the events. Raises ApiError, LoraplexError."""
-        async for events in merged([self._of(i, echoes) for i in range(len(self._calls))]):
+        sources = [self._of(i, echoes) for i in range(len(self._calls))]
+        async for events in merged(sources, self._at_once):
             yield events
         if self._request.usage_at_end:
             cached = sum(each.cached_prompt_tokens for each in self._usages)

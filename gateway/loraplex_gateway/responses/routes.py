@@ -18,6 +18,7 @@ from loraplex_gateway.errors import ApiError
 from loraplex_gateway.generation.answers import Head, merged
 from loraplex_gateway.generation.samples import Call
 from loraplex_gateway.generation.target import head_of, target
+from loraplex_gateway.places import ClientsInTurn
 from loraplex_gateway.responses.output import ResponseOutput
 from loraplex_gateway.responses.request import (
     PARAMS,
@@ -49,7 +50,7 @@ def routes(context: Context) -> list[BaseRoute]:
         who = await target(context, client, request, chat)
         head = await head_of(context, client, request, chat)
         options = merged(options, {**who, "request_id": head.request_id})
-        call = Call(client, body.model, tooling.params(plan, PARAMS), **options)
+        call = Call(ClientsInTurn([client]), body.model, tooling.params(plan, PARAMS), **options)
         if body.stream:
             stream = ResponseStream(body, plan, head)
             return EventStream(stream.events(call), stream.headers, last=b"")
