@@ -72,7 +72,7 @@ class Parts:
         """A part of the answer, or all of it: what has a text, tokens and log-probabilities."""
         scored = None
         if self._request.logprobs is not None:
-            scored = self._scores.of(piece.logprobs)
+            scored = self._scores.of(piece.logprobs, self._request.skips_special)
         choice = self._choice(piece.text, scored)
         if self._request.return_token_ids:
             choice["token_ids"] = list(piece.token_ids)
