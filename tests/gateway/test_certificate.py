@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
@@ -91,9 +92,8 @@ async def shown(url: str, root: bytes, name: str = "localhost") -> int:
     return connection.serial
 
 
-def encrypted(files: Pair) -> Web | object:
-    given = {"certificate": files.chain, "private_key": files.key}
-    return web("127.0.0.1:1", compared=False, **given)
+def encrypted(files: Pair) -> AbstractAsyncContextManager[Web]:
+    return web("127.0.0.1:1", compared=False, certificate=files.chain, private_key=files.key)
 
 
 @pytest.mark.usefixtures("looks_always")
