@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Generic, Self, TypeVar
 
 import grpc
@@ -46,6 +46,9 @@ class AsyncRunningCall(Generic[T]):
         return self
 
     async def __anext__(self) -> T:
+        return await self._next()
+
+    async def _next(self) -> T:
         cancelled = False
         try:
             async for message in self._messages:
@@ -65,13 +68,27 @@ class AsyncRunningCall(Generic[T]):
         raise StopAsyncIteration
 
 
-class AsyncStream(AsyncRunningCall[Delta]):
+class AsyncStream(AsyncRunningCall[Delta | Finished]):
     """Like `Stream`, with `async for`. Cancelling the reading task cancels the completion."""
 
     _receiver: Transcript
 
     def __init__(self, call: Any, completions: int = 1) -> None:
         super().__init__(call, Transcript(completions))
+
+    async def __anext__(self) -> Delta:
+        while isinstance(item := await self._next(), Finished):
+            pass
+        return item
+
+    async def parts(self) -> AsyncIterator[Delta | Finished]:
+        """Like `Stream.parts`."""
+        while True:
+            try:
+                item = await self._next()
+            except StopAsyncIteration:
+                return
+            yield item
 
     @property
     def started(self) -> Started | None:

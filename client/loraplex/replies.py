@@ -144,8 +144,10 @@ class Transcript:
     def _is_whole(self) -> bool:
         return all(index in self.finishes for index in range(self._completions))
 
-    def receive(self, message: generation_pb2.GenerateStreamResponse) -> results.Delta | None:
-        """Takes the next message; returns its delta, or None if it has none."""
+    def receive(
+        self, message: generation_pb2.GenerateStreamResponse
+    ) -> results.Delta | results.Finished | None:
+        """Takes the next message; returns what it holds, or None if that is the head."""
         match message.WhichOneof("event"):
             case "started":
                 self.started = read(results.Started, message.started)
@@ -157,6 +159,7 @@ class Transcript:
                 adapters = self.started.adapters if self.started else ()
                 finished = read(results.Finished, message.finished, adapters=adapters)
                 self.finishes[finished.index] = finished
+                return finished
         return None
 
     def end(self, cancelled: bool) -> None:

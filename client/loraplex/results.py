@@ -100,13 +100,15 @@ class TokenLogprob:
     """A token, the natural logarithm of its probability, and its text decoded alone.
 
     `raw` are the token's bytes, which may be a part of a character. Those of all tokens, joined,
-    are the text with its special tokens. b"" from an older server.
+    are the text with its special tokens. b"" from an older server. A text without special tokens
+    leaves a `special` one out.
     """
 
     token_id: int
     logprob: float
     text: str
     raw: bytes = b""
+    special: bool = False
 
 
 @dataclass(frozen=True, slots=True)

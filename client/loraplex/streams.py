@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Generic, Self, TypeVar
 
 import grpc
@@ -44,6 +44,9 @@ class RunningCall(Generic[T]):
         return self
 
     def __next__(self) -> T:
+        return self._next()
+
+    def _next(self) -> T:
         cancelled = False
         try:
             for message in self._call:
@@ -58,7 +61,7 @@ class RunningCall(Generic[T]):
         raise StopIteration
 
 
-class Stream(RunningCall[Delta]):
+class Stream(RunningCall[Delta | Finished]):
     """A running completion: an iterator over its deltas.
 
     The deltas of several completions come interleaved; each has its `index`. `started` is None
@@ -70,6 +73,23 @@ class Stream(RunningCall[Delta]):
 
     def __init__(self, call: Any, completions: int = 1) -> None:
         super().__init__(call, Transcript(completions))
+
+    def __next__(self) -> Delta:
+        while isinstance(item := self._next(), Finished):
+            pass
+        return item
+
+    def parts(self) -> Iterator[Delta | Finished]:
+        """Yields the deltas, and the end of each completion as soon as it has ended.
+
+        Iterating over the stream itself tells the ends by `finishes` alone.
+        """
+        while True:
+            try:
+                item = self._next()
+            except StopIteration:
+                return
+            yield item
 
     @property
     def started(self) -> Started | None:

@@ -27,6 +27,7 @@ from loraplex_gateway.files import routes as files
 from loraplex_gateway.finetuning import routes as finetuning
 from loraplex_gateway.metrics import Observed
 from loraplex_gateway.models import routes as models
+from loraplex_gateway.places import FreesPlaces
 from loraplex_gateway.responses import routes as responses
 from loraplex_gateway.settings import GatewaySettings
 from loraplex_gateway.tokens import routes as tokens
@@ -65,6 +66,7 @@ def build(settings: GatewaySettings) -> Starlette:
     routes = [route for part in PARTS for route in part(context)]
     middleware = [
         Middleware(Observed, metrics=context.metrics),
+        Middleware(FreesPlaces, places=context.places),
         Middleware(SiteGuard, settings=settings),
     ]
     if settings.cors_origins:

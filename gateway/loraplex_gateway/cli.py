@@ -86,6 +86,9 @@ Hosts = Annotated[
     _option("Name by which callers reach the gateway; may be repeated.", "allowed-host"),
 ]
 MaxConnections = Annotated[int, _option("Most connections of callers.", "max-connections")]
+MaxRequests = Annotated[
+    int, _option("Most requests that call the Loraplex server at a time.", "max-requests")
+]
 MaxBody = Annotated[int, _option("Largest body of a request, in bytes.", "max-body-bytes")]
 Drain = Annotated[
     float,
@@ -129,6 +132,7 @@ def run(
     cors_origin: Origins = None,
     allowed_host: Hosts = None,
     max_connections: MaxConnections = 1024,
+    max_requests: MaxRequests = 1024,
     max_body_bytes: MaxBody = 8 << 20,
     drain_seconds: Drain = 30.0,
     tool_format: ToolFormat = "",
@@ -155,6 +159,7 @@ def run(
         cors_origins=tuple(cors_origin or ()),
         allowed_hosts=tuple(allowed_host or ()),
         max_connections=max_connections,
+        max_requests=max_requests,
         max_body_bytes=max_body_bytes,
         drain_seconds=drain_seconds,
         tool_format=tool_format,

@@ -20,6 +20,12 @@ HEAD_SECONDS: Final = 20.0
 STALLED_SECONDS: Final = 60.0
 """Time after which a peer that takes none of what is sent to it is given up."""
 
+SPARE_CONNECTIONS: Final = 64
+"""Connections above the limit of the settings, for health, metrics, and answers that say so."""
+
+IS_SPARE: Final = "loraplex_gateway.spare"
+"""In the scope of a request that came over a spare connection."""
+
 _SPARE: Final = 256
 """Descriptors for what is no connection of a caller."""
 
@@ -33,11 +39,13 @@ class BoundedConnection(HttpToolsProtocol):
     """A connection that is closed if its peer sends too much, too slowly, or takes nothing.
 
     uvicorn bounds neither the size nor the time of a request's head. `close_if_late` is to be
-    called about once in a second. Bodies are bounded by who reads them.
+    called about once in a second. Bodies are bounded by who reads them. If as many connections as
+    `limit_of` allows are open, a spare one takes a single request, which is marked by `IS_SPARE`.
     """
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
+        self._is_spare = False
         self._unread = 0
         self._owes_since: float | None = None
         self._stalled_since: float | None = None
@@ -45,7 +53,11 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._owes_since = self.loop.time()
-        if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
+        if self.limit_concurrency is None:
+            return
+        spare = self.limit_concurrency - len(self.connections)
+        self._is_spare = spare <= SPARE_CONNECTIONS
+        if spare <= 0:
             transport.abort()
 
     def close_if_late(self, now: float) -> None:
@@ -70,6 +82,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        if self._is_spare:
+            self.scope[IS_SPARE] = True  # type: ignore[typeddict-unknown-key]
         if self._owes_since is None:
             self._owes_since = self.loop.time()
 
@@ -89,6 +103,8 @@ class BoundedConnection(HttpToolsProtocol):
             # Such a peer does not know chunks: the end of the connection is that of the answer.
             self.cycle.chunked_encoding = False
             self.cycle.expected_content_length = _AnyLength()
+        if self._is_spare and self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._unread = 0
@@ -135,10 +151,15 @@ class _AnyLength(int):
     __hash__ = int.__hash__
 
 
+def limit_of(connections: int) -> int:
+    """uvicorn's `limit_concurrency` for so many connections of callers."""
+    return connections + SPARE_CONNECTIONS + 1
+
+
 def allow_descriptors(connections: int) -> None:
     """Raises the process's limit of open files for so many connections, as far as it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + _SPARE
+    wanted = limit_of(connections) + _SPARE
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

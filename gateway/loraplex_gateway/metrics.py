@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex_gateway import errors
+from loraplex_gateway.places import CallPlaces
 
 _BUCKETS: Final = (0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0)
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -22,9 +23,11 @@ class GatewayMetrics:
         seconds: their duration by route, until the last byte was sent.
         running: requests that have not ended.
         streams: event streams that are being sent.
+        refused: requests that were refused because of too many others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, places: CallPlaces) -> None:
+        """`places` are those that requests hold."""
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "loraplex_gateway_requests",
@@ -49,6 +52,19 @@ class GatewayMetrics:
             "Event streams that are being sent.",
             registry=self.registry,
         )
+        self.refused = Counter(
+            "loraplex_gateway_refused_requests",
+            "HTTP requests that were refused because of too many others.",
+            registry=self.registry,
+        )
+        gauge = Gauge(
+            "loraplex_gateway_places",
+            "Places for calls of the server, by state: taken or free.",
+            ("state",),
+            registry=self.registry,
+        )
+        gauge.labels("taken").set_function(lambda: places.taken)
+        gauge.labels("free").set_function(lambda: places.most - places.taken)
 
     def exposition(self) -> bytes:
         """The series in Prometheus's text format."""

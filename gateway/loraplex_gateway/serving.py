@@ -7,7 +7,6 @@ import contextlib
 import logging
 import signal
 import socket
-import ssl
 import sys
 from collections.abc import Callable, Iterator
 from enum import IntEnum
@@ -16,8 +15,9 @@ from typing import Final
 import uvicorn
 from starlette.types import ASGIApp
 
-from loraplex_gateway.connections import BoundedConnection, allow_descriptors
-from loraplex_gateway.settings import GatewaySettings, SettingsError
+from loraplex_gateway.certificate import HttpCertificate
+from loraplex_gateway.connections import BoundedConnection, allow_descriptors, limit_of
+from loraplex_gateway.settings import GatewaySettings
 
 BACKLOG: Final = 1024
 KEEP_ALIVE_SECONDS: Final = 75
@@ -70,10 +70,12 @@ def address(host: str, port: int) -> str:
 
 def server_of(app: ASGIApp, settings: GatewaySettings) -> GatewayServer:
     """The server of the application. Raises SettingsError for files of TLS."""
+    encryption = None
+    if settings.certificate is not None and settings.private_key is not None:
+        encryption = HttpCertificate(settings.certificate, settings.private_key).context
     config = uvicorn.Config(
         app,
-        ssl_certfile=settings.certificate,
-        ssl_keyfile=settings.private_key,
+        ssl_context_factory=None if encryption is None else lambda *_: encryption,
         access_log=False,  # a path may hold the name of another tenant's adapter
         log_config=None,
         server_header=False,
@@ -81,15 +83,12 @@ def server_of(app: ASGIApp, settings: GatewaySettings) -> GatewayServer:
         http=BoundedConnection,
         ws="none",
         lifespan="on",
-        limit_concurrency=settings.max_connections + 1,
+        limit_concurrency=limit_of(settings.max_connections),
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=round(settings.drain_seconds),
         backlog=BACKLOG,
     )
-    try:
-        config.load()
-    except (OSError, ssl.SSLError) as error:
-        raise SettingsError(f"certificate, private_key: cannot be used: {error}") from None
+    config.load()
     # A warning for each request that is malformed would let anybody fill the log.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     return GatewayServer(config)

@@ -32,7 +32,9 @@ class GatewaySettings:
         cors_origins: origins whose pages may call; "*" for all.
         allowed_hosts: names by which callers reach the gateway, besides addresses and `localhost`;
             if none are given, all names are allowed where others can reach it.
-        max_connections: most connections of callers; further ones are closed at once.
+        max_connections: most connections of callers. A few more are taken for health, metrics, and
+            for requests that are refused; further ones are closed at once.
+        max_requests: most requests that call the server at a time; further ones are refused.
         request_seconds: longest time of a request on the server.
         drain_seconds: seconds that running requests have to finish after SIGTERM.
         manages_adapters: whether adapters can be loaded and unloaded over HTTP.
@@ -63,6 +65,7 @@ class GatewaySettings:
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     max_connections: int = 1024
+    max_requests: int = 1024
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
     manages_adapters: bool = True
@@ -92,6 +95,8 @@ class GatewaySettings:
             raise SettingsError("max_body_bytes: must be at least 1")
         if not 1 <= self.max_connections <= 1 << 20:
             raise SettingsError("max_connections: must be 1 to 1048576")
+        if not 1 <= self.max_requests <= 1 << 16:
+            raise SettingsError("max_requests: must be 1 to 65536")
         if not 0 <= self.drain_seconds <= 86_400:
             raise SettingsError("drain_seconds: must be 0 to 86400")
         if self.certificate is None and not self.insecure and not is_loopback(self.host):

@@ -13,6 +13,7 @@ from pydantic import field_validator, model_validator
 
 from loraplex_server import fair_weights
 from loraplex_server.access import settings as access
+from loraplex_server.declared.labels import DirectoryLabels
 from loraplex_server.declared.named import require_different
 from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.batching.shares import RESERVED
@@ -62,6 +63,7 @@ class Config(ServerSettings):
             raise ValueError("max_running must be at most token_budget")
         access.require_coherent(self)
         require_different(self.adapters)
+        self.directory_labels.check()
         return self
 
     def lines(self) -> list[str]:
@@ -89,6 +91,12 @@ class Config(ServerSettings):
             problem = errno.ENOTDIR if os.path.exists(root) else errno.ENOENT
             text = "; create the directory, or correct import_root (--import-root)"
             raise OSError(problem, os.strerror(problem) + text, str(root))
+
+    @property
+    def directory_labels(self) -> DirectoryLabels:
+        """The labels of the adapters in the watched directory."""
+        own = frozenset(self.adapter_directory_own_labels)
+        return DirectoryLabels(self.adapter_directory_labels, own)
 
     @property
     def placements(self) -> list[EnginePlacement]:

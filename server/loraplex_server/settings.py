@@ -168,6 +168,10 @@ class ServerSettings(BaseSettings):
     changed for so long."""
     adapter_directory_removes: bool = False
     """Delete an adapter whose folder has gone from adapter_directory. It can be restored."""
+    adapter_directory_labels: dict[str, str] = Field({}, repr=False)
+    """Labels of all adapters of adapter_directory: a table of the TOML file."""
+    adapter_directory_own_labels: tuple[str, ...] = Field((), repr=False)
+    """Keys of labels that a folder of adapter_directory may set by a file loraplex-labels.json."""
     adapter_chat_templates: bool = False
     """Let clients register adapters with a chat template of their own, and render conversations
     for such an adapter with it. Templates run in a sandbox."""

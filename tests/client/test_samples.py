@@ -6,7 +6,16 @@ import json
 
 import pytest
 from client.fake_server import FakeServer
-from loraplex import AsyncClient, Client, Completion, FinishReason, InvalidRequest, ServerFault
+from loraplex import (
+    AsyncClient,
+    Client,
+    Completion,
+    Delta,
+    Finished,
+    FinishReason,
+    InvalidRequest,
+    ServerFault,
+)
 from loraplex.cli import app
 from typer.testing import CliRunner, Result
 
@@ -52,6 +61,26 @@ async def test_the_asyncio_client_says_the_same(server: FakeServer, client: Clie
         stream = other.stream("x y", n=3, return_prompt_token_ids=True)
         assert await stream.completion() == whole(client)
         assert sorted(stream.finishes) == [0, 1, 2]
+
+
+async def test_the_parts_of_a_stream_have_each_end_where_it_comes(
+    server: FakeServer, client: Client
+) -> None:
+    with client.stream("x y", n=3) as stream:
+        parts = list(stream.parts())
+    for index in range(3):
+        *own, end = [part for part in parts if part.index == index]
+        assert isinstance(end, Finished)
+        assert all(isinstance(part, Delta) for part in own)
+        assert end == stream.finishes[index]
+    assert stream.completion().text == whole(client).text
+    async with AsyncClient(server.target) as other:
+        running = other.stream("x y", n=3)
+        assert [part async for part in running.parts()] == parts
+        assert (await running.completion()).text == whole(client).text
+    server.omit_finished = True
+    with client.stream("x", n=2) as stream, pytest.raises(ServerFault):
+        list(stream.parts())
 
 
 def test_a_stream_that_lacks_the_end_of_one_is_no_success(

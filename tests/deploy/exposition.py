@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from loraplex_gateway.metrics import GatewayMetrics
+from loraplex_gateway.places import CallPlaces
 from loraplex_server.metrics import Metrics
 from prometheus_client import CollectorRegistry
 
@@ -40,13 +41,13 @@ def gateway_families() -> dict[str, str]:
     """The same for the gateway."""
     return {
         family.name + ("_total" if family.type == "counter" else ""): family.type
-        for family in GatewayMetrics().registry.collect()
+        for family in GatewayMetrics(CallPlaces(1)).registry.collect()
     }
 
 
 def series_names() -> set[str]:
     """Every name that a query may use."""
-    return server_series_names() | _names(GatewayMetrics().registry)
+    return server_series_names() | _names(GatewayMetrics(CallPlaces(1)).registry)
 
 
 def server_series_names() -> set[str]:

@@ -59,6 +59,11 @@ class Web:
         assert answer.status_code == status, answer.text
         return error_of(answer)
 
+    def app_metric(self, name: str, **labels: str) -> float:
+        """The value of one of the gateway's own series."""
+        metrics = self.app.user_middleware[0].kwargs["metrics"]
+        return metrics.registry.get_sample_value(name, labels) or 0.0
+
     async def events(self, path: str, body: Any, **given: Any) -> list[Any]:
         """All events of a stream, which must end well; without the last one, [DONE]."""
         answer = await self.post(path, {**body, "stream": True}, **given)

@@ -181,10 +181,26 @@ async def test_connections_are_bounded_and_those_open_go_on() -> None:
         for reader, writer in kept:
             writer.write(NEXT)
             assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200 ")
+        for _ in range(3):  # a spare one takes a single request, which must need no server
+            reader, writer = await connect(site)
+            writer.write(NEXT + NEXT)
+            answer = await rest(reader)
+            assert answer.count(b"HTTP/1.1 200 ") == 1
+            assert b"\r\nconnection: close\r\n" in answer
+            writer.close()
+        reader, writer = await connect(site)
+        writer.write(NEXT.replace(b"/version", b"/v1/models"))
+        answer = await rest(reader)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b'"code":"overloaded"' in answer
+        writer.close()
+        spare = [await connect(site) for _ in range(connections.SPARE_CONNECTIONS)]
         reader, writer = await connect(site)
         writer.write(NEXT)
         assert await rest(reader) == b""
         writer.close()
+        for _, writer in spare:
+            writer.close()
         for reader, writer in kept:
             writer.write(NEXT)
             assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200 ")

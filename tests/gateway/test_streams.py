@@ -15,7 +15,7 @@ from loraplex_gateway.errors import ApiError
 from loraplex_gateway.wire import events
 from loraplex_gateway.wire.events import EventStream, event
 from loraplex_gateway.wire.merging import all_of, merged
-from rpc.harness import Running, until
+from rpc.harness import FORBIDDEN, Running, until
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -68,6 +68,43 @@ async def test_a_client_that_goes_away_ends_its_requests_on_the_server(
         series = (await web.get("/metrics")).text
         assert "loraplex_gateway_open_streams 0.0" in series
         assert "loraplex_gateway_running_requests 1.0" in series  # this one
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "the quick"}]}),
+        ("/v1/completions", {"prompt": "the quick"}),
+    ],
+)
+async def test_the_end_of_a_choice_is_told_when_the_choice_ends(
+    tmp_path: Path, path: str, asked: dict[str, Any]
+) -> None:
+    async with slow(tmp_path) as (_, web):
+        body = {
+            **asked, "model": BASE, "temperature": 30, "seed": 5, "n": 3, "max_tokens": 30,
+            "return_token_ids": True, "logit_bias": dict.fromkeys(map(str, FORBIDDEN), -100),
+        }  # fmt: skip
+        first, *others = [each["token_ids"] for each in (await web.ok(path, body))["choices"]]
+        stop = next(token for token in first[1:6] if all(token not in other for other in others))
+        body = {**body, "stop_token_ids": [stop], "stream_options": {"include_usage": True}}
+        events = await web.events(path, body)
+        whole = await web.ok(path, {k: v for k, v in body.items() if k != "stream_options"})
+    *choices, last = [(each["choices"] or [None])[0] for each in events]
+    assert last is None
+    ends = {each["index"]: i for i, each in enumerate(choices) if each["finish_reason"]}
+    assert len(ends) == 3
+    for index, end in ends.items():
+        assert choices[end]["finish_reason"] == whole["choices"][index]["finish_reason"]
+        assert choices[end]["stop_reason"] == whole["choices"][index]["stop_reason"]
+        assert all(each["index"] != index for each in choices[end + 1 :])
+        tokens = [
+            t for each in choices if each["index"] == index for t in each.get("token_ids", ())
+        ]
+        assert tokens == whole["choices"][index]["token_ids"]
+    assert choices[ends[0]]["stop_reason"] == stop
+    after = [each for each in choices[ends[0] + 1 :] if not each["finish_reason"]]
+    assert {each["index"] for each in after} == {1, 2}  # which go on
 
 
 def app_of(source: Any, **given: Any) -> Any:

@@ -11,10 +11,13 @@ import grpc
 import msgspec
 import pytest
 from loraplex.v1 import training_pb2 as pb
+from loraplex_server.training.files.shelf import MAX_STREAMS, MAX_STREAMS_PER_PEER
 from loraplex_server.training.jobs import JobOrder, JobOwner, JobRecord
-from rpc.harness import write_adapter
+from rpc.harness import until, write_adapter
 from rpc.tenants import Answer, Tenant, Tenants, answer_of, tenant, tenants
 from rpc.training_jobs import State, lines, order, settings
+
+CHUNK = pb.UploadDataRequest(chunk=b"x")
 
 
 @asynccontextmanager
@@ -162,3 +165,27 @@ def test_a_record_of_an_older_server_belongs_to_nobody_in_particular() -> None:
     assert found.is_of(None)
     assert found.is_of("")
     assert not found.is_of("a")
+
+
+async def test_one_tenants_uploads_of_data_leave_places_to_others(tmp_path: Path) -> None:
+    async with training(tmp_path) as shop:  # all from one address, as behind a gateway
+        begun = []
+        for _ in range(MAX_STREAMS_PER_PEER):
+            call = shop.a.training.UploadData()
+            await call.write(pb.UploadDataRequest(start={}))
+            begun.append(call)
+        shelf = shop.a.up.server._training._shelf
+        await until(lambda: len(shelf._arriving) == MAX_STREAMS_PER_PEER)
+        assert MAX_STREAMS_PER_PEER < MAX_STREAMS
+
+        def sent(who: Tenant) -> Any:
+            return who.training.UploadData(iter([pb.UploadDataRequest(start={}), CHUNK]))
+
+        refused = await answer(sent(shop.a))
+        assert refused.reason == "OVERLOADED"
+        assert "8 of them from a" in refused.message
+        assert (await sent(shop.b)).file.size_bytes == len(CHUNK.chunk)
+        for call in begun:
+            call.cancel()
+        await until(lambda: not shelf._arriving)
+        assert (await sent(shop.a)).file.size_bytes == len(CHUNK.chunk)

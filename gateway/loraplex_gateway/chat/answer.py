@@ -42,7 +42,7 @@ def _choice(
     scored = None
     if request.logprobs:
         as_ids = bool(request.return_tokens_as_token_ids)
-        scored = logprobs.chat_logprobs(sample.logprobs, request.top, as_ids)
+        scored = logprobs.chat_logprobs(sample.logprobs, request.top, as_ids, request.skips_special)
     calls = bool(message.get("tool_calls"))
     found = {
         "index": index,

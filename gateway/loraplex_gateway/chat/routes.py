@@ -20,6 +20,7 @@ from loraplex_gateway.generation.answers import merged
 from loraplex_gateway.generation.rendering import rendering
 from loraplex_gateway.generation.samples import Call
 from loraplex_gateway.generation.target import head_of, target
+from loraplex_gateway.places import ClientsInTurn
 from loraplex_gateway.wire.bodies import read
 from loraplex_gateway.wire.events import EventStream, unless_gone
 from loraplex_gateway.wire.replies import reply
@@ -38,7 +39,7 @@ def routes(context: Context) -> list[BaseRoute]:
         head = await head_of(context, client, request, body)
         options = merged(options, {**who, "request_id": head.request_id})
         names = tooling.params(plan, body.params)
-        call = Call(client, body.model, names, **options)
+        call = Call(ClientsInTurn([client]), body.model, names, **options)
         if body.stream:
             stream = ChatStream(body, plan, head)
             return EventStream(stream.events(call), stream.headers)

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from loraplex import AsyncStream, Delta
+from loraplex import AsyncStream, Delta, Finished
 
 from loraplex_gateway.chat import tooling
 from loraplex_gateway.chat.request import ChatRequest
 from loraplex_gateway.generation import logprobs
 from loraplex_gateway.generation.answers import Head, stop_reason, usage
-from loraplex_gateway.generation.samples import (
-    Call,
-    CompletionSample,
-    samples_of,
-)
+from loraplex_gateway.generation.samples import Call, samples_of
 from loraplex_gateway.wire.events import event
 
 
@@ -39,22 +35,24 @@ class ChatStream:
 
     async def events(self, call: Call) -> AsyncGenerator[bytes, None]:
         """Yields the events. Raises ApiError."""
-        begun = False
-        async for delta in call.stream(self._opened):
-            events = self._delta(delta)
-            if not begun:
-                begun = True
-                events = self._first() + events
-            if events:
+        begun, running = False, self._request.choices
+        last = b""
+        async for part in call.stream(self._opened):
+            events = b"" if begun else self._first()
+            begun = True
+            if isinstance(part, Finished):
+                running -= 1
+                events += self._end(part)
+            else:
+                events += self._delta(part)
+            if not running:
+                last += events  # everything that is known at the end is one write
+            elif events:
                 yield events
         (stream,) = self._opened
         completion = await stream.completion()
-        samples = samples_of(completion)
-        # Everything that is known at the end is one write.
-        last = b"" if begun else self._first()
-        last += b"".join(self._end(i, sample) for i, sample in enumerate(samples))
         if self._request.usage_at_end:
-            generated = sum(sample.usage.completion_tokens for sample in samples)
+            generated = sum(each.usage.completion_tokens for each in samples_of(completion))
             numbers = completion.usage
             total = usage(numbers.prompt_tokens, generated, numbers.cached_prompt_tokens)
             last += event({**self._body, "choices": [], "usage": total})
@@ -78,7 +76,7 @@ class ChatStream:
         extra: dict[str, Any] = {}
         if request.logprobs:
             as_ids = bool(request.return_tokens_as_token_ids)
-            extra["logprobs"] = logprobs.chat_logprobs(delta.logprobs, request.top, as_ids)
+            extra["logprobs"] = logprobs.chat_logprobs(delta.logprobs, request.top, as_ids, request.skips_special)
         if request.return_token_ids:
             extra["token_ids"] = list(delta.token_ids)
         if not self._reads_tools:
@@ -88,13 +86,14 @@ class ChatStream:
         parts = [tooling.chat_delta(each) for each in self._readers[index].feed(delta.text)]
         return self._parts(index, parts, extra)
 
-    def _end(self, index: int, sample: CompletionSample) -> bytes:
+    def _end(self, end: Finished) -> bytes:
         """The last events of one answer."""
+        index = end.index
         rest = [tooling.chat_delta(each) for each in self._readers[index].end()]
         events = self._parts(index, rest, {})
         is_open = self._readers[index].is_open
-        reason = tooling.ended(sample.finish_reason, self._calls[index], is_open)
-        stop = stop_reason(sample.matched_stop, self._request.stop_token_ids)
+        reason = tooling.ended(end.finish_reason, self._calls[index], is_open)
+        stop = stop_reason(end.matched_stop, self._request.stop_token_ids)
         return events + self._event(index, {}, finish_reason=reason, stop_reason=stop)
 
     def _parts(self, index: int, parts: list[dict[str, Any]], extra: dict[str, Any]) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from loraplex import AsyncClient, Completion, ModelDescription, Started
+from loraplex import AsyncClient, Completion, Finished, ModelDescription, Started
 
 from loraplex_gateway.completions.request import CompletionRequest, Prompt
 from loraplex_gateway.generation import logprobs
@@ -72,13 +72,13 @@ class Parts:
         """A part of the answer, or all of it: what has a text, tokens and log-probabilities."""
         scored = None
         if self._request.logprobs is not None:
-            scored = self._scores.of(piece.logprobs)
+            scored = self._scores.of(piece.logprobs, self._request.skips_special)
         choice = self._choice(piece.text, scored)
         if self._request.return_token_ids:
             choice["token_ids"] = list(piece.token_ids)
         return choice
 
-    def end(self, sample: CompletionSample) -> dict[str, Any]:
+    def end(self, sample: CompletionSample | Finished) -> dict[str, Any]:
         """What is added to the last part."""
         return {
             "finish_reason": finish_reason(sample.finish_reason),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
-from loraplex import AsyncClient, Completion, Started
+from loraplex import Completion, Started
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -24,6 +24,7 @@ from loraplex_gateway.generation import structure
 from loraplex_gateway.generation.answers import Head, merged, usage
 from loraplex_gateway.generation.samples import Call, samples_of
 from loraplex_gateway.generation.target import head_of, target
+from loraplex_gateway.places import ClientsInTurn
 from loraplex_gateway.tokens.texts import VocabularyTexts
 from loraplex_gateway.wire.bodies import read
 from loraplex_gateway.wire.events import EventStream, unless_gone
@@ -31,7 +32,7 @@ from loraplex_gateway.wire.merging import all_of
 from loraplex_gateway.wire.replies import reply
 
 AT_ONCE: Final = 64
-"""Prompts of one request that are at the server at a time."""
+"""Most prompts of one request that are at the server at a time."""
 
 
 def routes(context: Context) -> list[BaseRoute]:
@@ -48,13 +49,15 @@ def routes(context: Context) -> list[BaseRoute]:
         base = await context.ids.base(client)
         if body.add_special_tokens is False:
             prompts = [await texts.plain_tokens(client, each) for each in prompts]
-        calls = _calls(client, body, head, prompts, merged(options, who))
+        more = context.more_clients(request, min(len(prompts), AT_ONCE) - 1)
+        clients = ClientsInTurn([client, *more])
+        calls = _calls(clients, body, head, prompts, merged(options, who))
 
         async def echo_of(index: int, answer: Completion | Started) -> Echoed:
             return await echoed(client, texts, base, body, prompts[index], answer)
 
         if body.stream:
-            stream = CompletionStream(body, head, calls)
+            stream = CompletionStream(body, head, calls, clients.count)
             return EventStream(stream.events(echo_of), stream.headers)
         completions = await unless_gone(request, _all(calls))
         echoes = [await echo_of(i, each) for i, each in enumerate(completions)]
@@ -65,7 +68,7 @@ def routes(context: Context) -> list[BaseRoute]:
 
 
 def _calls(
-    client: AsyncClient,
+    clients: ClientsInTurn,
     body: CompletionRequest,
     head: Head,
     prompts: list[Prompt],
@@ -81,20 +84,14 @@ def _calls(
             given["prompt"] = prompt
         else:
             given["token_ids"] = prompt
-        calls.append(Call(client, body.model, names, **given))
+        calls.append(Call(clients, body.model, names, **given))
     return calls
 
 
 async def _all(calls: list[Call]) -> list[Completion]:
-    places = asyncio.Semaphore(AT_ONCE)
-
-    async def one(call: Call) -> Completion:
-        async with places:
-            return await call.completion()
-
     if len(calls) == 1:
         return [await calls[0].completion()]
-    return await all_of([asyncio.ensure_future(one(call)) for call in calls])
+    return await all_of([asyncio.ensure_future(call.completion()) for call in calls])
 
 
 def _answer(

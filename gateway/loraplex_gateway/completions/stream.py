@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
-from loraplex import AsyncStream, Started, Usage
+from loraplex import AsyncStream, Delta, Finished, Started, Usage
 
 from loraplex_gateway.completions.parts import Echoed, Parts
 from loraplex_gateway.completions.request import CompletionRequest
 from loraplex_gateway.generation.answers import Head, usage
-from loraplex_gateway.generation.samples import Call, samples_of
+from loraplex_gateway.generation.samples import Call
 from loraplex_gateway.wire.events import event
 from loraplex_gateway.wire.merging import merged
 
@@ -21,7 +21,11 @@ Echoes = Callable[[int, Started], Awaitable[Echoed]]
 class CompletionStream:
     """The events of the completions of all prompts."""
 
-    def __init__(self, request: CompletionRequest, head: Head, calls: list[Call]) -> None:
+    def __init__(
+        self, request: CompletionRequest, head: Head, calls: list[Call], at_once: int
+    ) -> None:
+        """At most `at_once` of the calls run at a time."""
+        self._at_once = at_once
         self._request = request
         self._head = head
         self._calls = calls
@@ -39,7 +43,8 @@ class CompletionStream:
 
     async def events(self, echoes: Echoes) -> AsyncGenerator[bytes, None]:
         """Yields the events. Raises ApiError, LoraplexError."""
-        async for events in merged([self._of(i, echoes) for i in range(len(self._calls))]):
+        sources = [self._of(i, echoes) for i in range(len(self._calls))]
+        async for events in merged(sources, self._at_once):
             yield events
         if self._request.usage_at_end:
             cached = sum(each.cached_prompt_tokens for each in self._usages)
@@ -50,24 +55,33 @@ class CompletionStream:
         """The events of one prompt."""
         n, opened = self._request.choices, self._opened[index]
         parts = [Parts(self._request, index * n + i) for i in range(n)]
-        begun = False
-        async for delta in self._calls[index].stream(opened):
-            events = b""
-            if not begun:
-                begun = True
-                events = await self._begin(index, parts, echoes)
-            self._tokens += len(delta.token_ids)
-            if delta.text or self._request.logprobs is not None or self._request.return_token_ids:
-                events += self._event(parts[delta.index].piece(delta))
-            if events:
+        begun, running = False, n
+        last = b""
+        async for part in self._calls[index].stream(opened):
+            events = b"" if begun else await self._begin(index, parts, echoes)
+            begun = True
+            if isinstance(part, Finished):
+                running -= 1
+                events += self._end(parts[part.index], part)
+            else:
+                events += self._delta(parts[part.index], part)
+            if not running:
+                last += events  # everything that is known at the end is one write
+            elif events:
                 yield events
-        completion = await opened[0].completion()
-        last = b"" if begun else await self._begin(index, parts, echoes)
-        self._usages.append(completion.usage)
-        for part, sample in zip(parts, samples_of(completion), strict=True):
-            empty = part.piece(_EMPTY)
-            last += self._event({**empty, "logprobs": None, **part.end(sample)})
+        self._usages.append((await opened[0].completion()).usage)
         yield last
+
+    def _delta(self, part: Parts, delta: Delta) -> bytes:
+        """The event of a part of one completion; nothing if there is nothing to tell."""
+        self._tokens += len(delta.token_ids)
+        if delta.text or self._request.logprobs is not None or self._request.return_token_ids:
+            return self._event(part.piece(delta))
+        return b""
+
+    def _end(self, part: Parts, end: Finished) -> bytes:
+        """The last event of one completion."""
+        return self._event({**part.piece(_EMPTY), "logprobs": None, **part.end(end)})
 
     async def _begin(self, index: int, parts: list[Parts], echoes: Echoes) -> bytes:
         """Notes the size of a prompt; returns the events with the prompt if it is shown."""

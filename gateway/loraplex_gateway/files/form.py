@@ -41,6 +41,7 @@ class FileForm:
         self.fields: dict[str, str] = {}
         self.filename = ""
         self._body = pieces_of(request)
+        self._turn = asyncio.Lock()
         try:
             self._parser = MultipartParser(
                 boundary,
@@ -82,18 +83,19 @@ class FileForm:
             raise ApiError(400, "the form ends before its last boundary")
 
     async def discard(self) -> None:
-        """Reads on for a while without looking: many clients send everything before they listen."""
+        """Reads on for a while without looking: many clients send everything before they listen.
+
+        Whoever reads `content` may still wait for its next piece.
+        """
         left = _DISCARDED_BYTES
         with suppress(TimeoutError, ApiError):
             async with asyncio.timeout(_DISCARD_SECONDS):
-                async for chunk in self._body:
+                while left >= 0 and (chunk := await self._read()) is not None:
                     left -= len(chunk)
-                    if left < 0:
-                        return
 
     async def _advance(self) -> bool:
         """Parses the next bytes of the body; False at its end."""
-        chunk = await anext(self._body, None)
+        chunk = await self._read()
         if chunk is None:
             return False
         try:
@@ -101,6 +103,11 @@ class FileForm:
         except FormParserError as error:
             raise ApiError(400, f"the form is damaged: {error}") from None
         return True
+
+    async def _read(self) -> bytes | None:
+        """The next bytes of the body; None at its end."""
+        async with self._turn:
+            return await anext(self._body, None)
 
     # what the parser reports
 

@@ -34,23 +34,31 @@ def shown(entry: TokenLogprob, as_ids: bool) -> str:
 
 
 def chat_logprobs(
-    entries: Sequence[TokenLogprobs], top: int, as_ids: bool = False
+    entries: Sequence[TokenLogprobs],
+    top: int,
+    as_ids: bool = False,
+    skip_special: bool = True,
 ) -> dict[str, Any]:
-    """The log-probabilities of a part of a chat answer, with `top` alternatives each."""
+    """The log-probabilities of a part of a chat answer, with `top` alternatives each.
+
+    The bytes of all tokens are those of the answer's text; with `skip_special`, special tokens have
+    none, since the text leaves them out.
+    """
+
+    def shown(entry: TokenLogprob) -> dict[str, Any]:
+        return _chat_token(entry, as_ids, skip_special and entry.special)
+
     return {
         "content": [
-            {
-                **_chat_token(each.chosen, as_ids),
-                "top_logprobs": [_chat_token(one, as_ids) for one in each.top[:top]],
-            }
+            {**shown(each.chosen), "top_logprobs": [shown(one) for one in each.top[:top]]}
             for each in entries
         ],
         "refusal": None,
     }
 
 
-def _chat_token(entry: TokenLogprob, as_ids: bool) -> dict[str, Any]:
-    data = raw(entry)
+def _chat_token(entry: TokenLogprob, as_ids: bool, is_left_out: bool) -> dict[str, Any]:
+    data = None if is_left_out else raw(entry)
     return {
         "token": shown(entry, as_ids),
         "logprob": value(entry),
@@ -62,7 +70,7 @@ class TextLogprobs:
     """Collects the log-probabilities of a text completion, and where its tokens begin.
 
     Offsets count the characters of the text that stand before a token. All tokens of which one
-    character is made have the same.
+    character is made have the same, and so has what follows a token that the text leaves out.
     """
 
     def __init__(self, as_ids: bool = False) -> None:
@@ -82,10 +90,13 @@ class TextLogprobs:
         self._offset += len(self._decoder.decode(b"", final=True))
         self._decoder.reset()
 
-    def of(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """The next tokens."""
+    def of(self, entries: Sequence[TokenLogprobs], skip_special: bool = False) -> dict[str, Any]:
+        """The next tokens; with `skip_special`, the text leaves special ones out."""
         offsets = []
         for each in entries:
+            if skip_special and each.chosen.special:
+                offsets.append(self._offset)
+                continue
             data = raw(each.chosen) or each.chosen.text.encode()
             if data and data[0] & 0xC0 != 0x80:  # continues no character
                 self.cut()

@@ -110,6 +110,11 @@ class SamplingFields(msgspec.Struct, kw_only=True):
         return 1 if self.n is None else self.n
 
     @property
+    def skips_special(self) -> bool:
+        """Whether the text of an answer leaves special tokens out."""
+        return self.skip_special_tokens is not False
+
+    @property
     def usage_at_end(self) -> bool:
         """Whether a stream ends with the numbers of tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)

@@ -7,10 +7,10 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 from loraplex import (
-    AsyncClient,
     AsyncStream,
     Completion,
     Delta,
+    Finished,
     FinishReason,
     LoraplexError,
     MatchedStop,
@@ -20,6 +20,7 @@ from loraplex import (
 
 from loraplex_gateway import errors
 from loraplex_gateway.errors import ApiError
+from loraplex_gateway.places import ClientsInTurn
 
 
 class CompletionSample(Protocol):
@@ -48,14 +49,17 @@ class Call:
 
     def __init__(
         self,
-        client: AsyncClient,
+        clients: ClientsInTurn,
         model: str,
         params: Mapping[str, str],
         prompt: str | None = None,
         **options: Any,
     ) -> None:
-        """`params` maps the server's fields to the request's, for errors about `model`."""
-        self._client = client
+        """`params` maps the server's fields to the request's, for errors about `model`.
+
+        The call is made once one of `clients` is free.
+        """
+        self._clients = clients
         self._model = model
         self._params = params
         self._prompt = prompt
@@ -63,24 +67,26 @@ class Call:
 
     async def completion(self) -> Completion:
         """Returns the completions at once. Raises ApiError."""
-        try:
-            return await self._client.generate(self._prompt, **self.options)
-        except LoraplexError as error:
-            raise self._failure(error) from None
+        async with self._clients.one() as client:
+            try:
+                return await client.generate(self._prompt, **self.options)
+            except LoraplexError as error:
+                raise self._failure(error) from None
 
-    async def stream(self, opened: list[AsyncStream]) -> AsyncIterator[Delta]:
-        """Yields the parts as they come; the stream itself is put into `opened`. Raises ApiError.
+    async def stream(self, opened: list[AsyncStream]) -> AsyncIterator[Delta | Finished]:
+        """Yields the parts as they come, and the end of each completion. Raises ApiError.
 
-        The call on the server ends with this iterator.
+        The stream itself is put into `opened`. The call on the server ends with this iterator.
         """
-        try:
-            stream = self._client.stream(self._prompt, **self.options)
-            opened.append(stream)
-            async with aclosing(stream):
-                async for delta in stream:
-                    yield delta
-        except LoraplexError as error:
-            raise self._failure(error) from None
+        async with self._clients.one() as client:
+            try:
+                stream = client.stream(self._prompt, **self.options)
+                opened.append(stream)
+                async with aclosing(stream):
+                    async for part in stream.parts():
+                        yield part
+            except LoraplexError as error:
+                raise self._failure(error) from None
 
     def _failure(self, error: LoraplexError) -> ApiError:
         if error.reason == "ADAPTER_NOT_FOUND":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
-from loraplex import AsyncStream, Completion, LoraplexError
+from loraplex import AsyncStream, Completion, Finished, LoraplexError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -18,6 +18,7 @@ from loraplex_gateway.errors import ApiError
 from loraplex_gateway.generation.answers import Head, merged
 from loraplex_gateway.generation.samples import Call
 from loraplex_gateway.generation.target import head_of, target
+from loraplex_gateway.places import ClientsInTurn
 from loraplex_gateway.responses.output import ResponseOutput
 from loraplex_gateway.responses.request import (
     RESPONSES_NEUTRAL,
@@ -49,7 +50,8 @@ def routes(context: Context) -> list[BaseRoute]:
         who = await target(context, client, request, chat)
         head = await head_of(context, client, request, chat)
         options = merged(options, {**who, "request_id": head.request_id})
-        call = Call(client, body.model, tooling.params(plan, params_of(body)), **options)
+        names = tooling.params(plan, params_of(body))
+        call = Call(ClientsInTurn([client]), body.model, names, **options)
         if body.stream:
             stream = ResponseStream(body, plan, head)
             return EventStream(stream.events(call), stream.headers, last=b"")
@@ -105,10 +107,12 @@ class ResponseStream:
         """Yields the events. Raises ApiError before the first one; a later one is an event."""
         output, begun = self._output, False
         try:
-            async for delta in call.stream(self._opened):
+            async for part in call.stream(self._opened):
+                if isinstance(part, Finished):  # the end is told with that of the call
+                    continue
                 first = b"" if begun else _written(output.begin())
                 begun = True
-                found = self._reader.feed(delta.text)
+                found = self._reader.feed(part.text)
                 if chunk := first + b"".join(_written(output.add(each)) for each in found):
                     yield chunk
             (stream,) = self._opened

@@ -21,6 +21,7 @@ from loraplex.sources.foreign_ids import name_of
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE, open_below
 from loraplex_model.base.refusal import Reason, Refusal
 
+from loraplex_server.declared.labels import LABELS_FILE, NO_LABELS, DirectoryLabels
 from loraplex_server.exits import ServerExit
 from loraplex_server.registry.sources import Source
 from loraplex_server.registry.terms import Registered
@@ -33,7 +34,7 @@ OWNER: Final = "directory"
 STATES: Final = ("registered", "waiting", "refused")
 MOST_FOLDERS: Final = 10_000
 
-_READ: Final = (CONFIG_FILE, WEIGHTS_FILE, "model.sig")
+_READ: Final = (CONFIG_FILE, WEIGHTS_FILE, "model.sig", LABELS_FILE)
 _PASSING: Final = (Reason.OVERLOADED, Reason.STORE_UNAVAILABLE, Reason.STORE_FULL)
 """Reasons that lie not with the folder, which is tried again."""
 
@@ -83,6 +84,7 @@ class DirectoryWatch:
     series: Series
     seconds: float
     removes: bool
+    labels: DirectoryLabels = NO_LABELS
     folders: dict[str, Folder] = field(default_factory=dict)
     _place: tuple[int, int] | None = None
     _complaint: str = ""
@@ -96,9 +98,10 @@ class DirectoryWatch:
         series: Series,
         seconds: float,
         removes: bool,
+        labels: DirectoryLabels = NO_LABELS,
     ) -> DirectoryWatch:
         """Registers the folders that have not changed for an interval. Raises StartFailure."""
-        watch = cls(root, ensure, remove, series, seconds, removes)
+        watch = cls(root, ensure, remove, series, seconds, removes, labels)
         if not await asyncio.to_thread(root.is_dir):
             text = f"adapter_directory: {root} is not a directory"
             raise StartFailure(ServerExit.BAD_CONFIG, text)
@@ -142,9 +145,10 @@ class DirectoryWatch:
         """Registers the adapter in a folder, or reports once why it cannot be."""
         mark = folder.mark
         try:
-            adapter_name, labels = name_of(name)
+            adapter_name, of_name = name_of(name)
             source = partial(open_below, self.root, name)
-            done = await self.ensure(adapter_name, source, labels, OWNER)
+            labels = await asyncio.to_thread(self.labels.read, source)
+            done = await self.ensure(adapter_name, source, {**labels, **of_name}, OWNER)
         except (Refusal, ValueError) as error:
             text = for_operator(error) if isinstance(error, Refusal) else str(error)
             folder.state = "refused"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Final
 
@@ -51,13 +51,15 @@ async def provide_declared(
             log.error("%s", text)
     if config.adapter_directory is None:
         return None
+    labels = config.directory_labels
     return await DirectoryWatch.begin(
         config.adapter_directory,
-        partial(ensure, registry),
+        partial(ensure, registry, chosen=labels.own),
         partial(_remove, registry),
         series,
         config.adapter_directory_seconds,
         config.adapter_directory_removes,
+        labels,
     )
 
 
@@ -82,20 +84,25 @@ async def ensure(
     source: Source,
     labels: Mapping[str, str],
     owner: str = "",
+    chosen: Collection[str] = (),
 ) -> Registered:
     """The version of `name` with the bytes in `source`: the current one, or else a new one.
 
-    Nothing is copied if the name has these bytes. With `owner`, a name moves to other bytes only if
-    its version has this text as its source, and a version that has the bytes keeps its labels.
+    Nothing is copied if the name has these bytes; its version then gets the labels, and loses those
+    with the keys `chosen` that are not among them. With `owner`, a name moves to other bytes, and
+    its version is labelled, only if that has this text as its source.
     Raises Refusal: ADAPTER_CONFLICT, and as a registration does.
     """
     lane = registry.lanes.registrations
     digest, signature = await lane.run(_identity, source)
     known = await _current(registry, name)
     if known is not None and await lane.run(_is_stored, registry, known, digest):
-        missing = {k: v for k, v in labels.items() if known.record.labels.get(k) != v}
-        if missing and not owner:
-            await registry.label(known.record.id, missing, (), EVERYBODY)
+        there = known.record.labels
+        missing = {k: v for k, v in labels.items() if there.get(k) != v}
+        gone = [key for key in chosen if key in there and key not in labels]
+        is_ours = not owner or there.get(SOURCE_LABEL) == owner
+        if is_ours and (missing or gone):
+            await registry.label(known.record.id, missing, gone, EVERYBODY)
         return known
     if known is not None and owner and known.record.labels.get(SOURCE_LABEL) != owner:
         text = f"{name} is an adapter that came from elsewhere; delete it, or rename the folder"

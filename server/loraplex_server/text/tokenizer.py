@@ -190,6 +190,10 @@ class TextTokenizer:
         """Bytes of a single token after another one, whole characters or not."""
         return b"" if self._token_texts is None else self._token_texts.raw(token)
 
+    def is_special(self, token: int) -> bool:
+        """Whether a text without special tokens leaves a token out."""
+        return self._token_texts is not None and self._token_texts.is_special(token)
+
     async def tokens(self, text: str, begins: bool, with_bytes: bool) -> TextTokens:
         """A text of any length as tokens, behind those that begin a prompt if it `begins` one.
 

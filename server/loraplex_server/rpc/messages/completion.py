@@ -130,7 +130,7 @@ async def add_logprobs(
 
     Lets other tasks run after every `SLICE_ENTRIES` tokens and alternatives.
     """
-    text, raw = tokenizer.token_text, tokenizer.token_bytes
+    text, raw, is_special = tokenizer.token_text, tokenizer.token_bytes, tokenizer.is_special
     entries = 0
     for each in logprobs:
         if entries >= SLICE_ENTRIES:
@@ -141,8 +141,10 @@ async def add_logprobs(
         chosen.SetInParent()
         chosen.token_id, chosen.logprob = each.token_id, each.logprob
         chosen.text, chosen.raw = text(each.token_id), raw(each.token_id)
+        chosen.special = is_special(each.token_id)
         for token, value in each.top:
-            added.top.add(token_id=token, logprob=value, text=text(token), raw=raw(token))
+            one = added.top.add(token_id=token, logprob=value, text=text(token), raw=raw(token))
+            one.special = is_special(token)
         entries += 1 + len(each.top)
 
 

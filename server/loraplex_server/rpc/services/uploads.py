@@ -28,8 +28,9 @@ MAX_STREAMS: Final = 16
 """Most uploads that may send at the same time; each holds one chunk in memory."""
 
 MAX_STREAMS_PER_PEER: Final = 8
-"""Most uploads of one peer that may send at the same time. All clients behind a proxy count as one
-peer, so this is half of `MAX_STREAMS`."""
+"""Most uploads of one peer that may send at the same time: of a principal or, where callers are not
+authenticated, of an address. All clients behind a proxy have one address, so this is half of
+`MAX_STREAMS`."""
 
 _DRAINING: Final = "the server is shutting down; what has arrived is kept"
 _SILENCE: Final = f"nothing arrived for {SILENCE_SECONDS:g} s; what has arrived before is kept"

@@ -36,7 +36,10 @@ class DataFileRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class DataUpload:
-    """What a client says of a file before its bytes. `peer` is who sends it."""
+    """What a client says of a file before its bytes.
+
+    `peer` is who sends it: a principal, or an address where callers are not authenticated.
+    """
 
     owner: str
     peer: str

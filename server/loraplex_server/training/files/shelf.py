@@ -35,6 +35,7 @@ from loraplex_server.training.records import next_id
 MAX_STREAMS: Final = 16
 """Most uploads that may send at the same time; each holds one chunk in memory."""
 MAX_STREAMS_PER_PEER: Final = 8
+"""Most of them of one peer: a principal or, where callers are not authenticated, an address."""
 MAX_READERS: Final = 16
 """Most calls that may read files at the same time; each holds two chunks in memory."""
 
