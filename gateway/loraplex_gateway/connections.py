@@ -99,11 +99,13 @@ class BoundedConnection(HttpToolsProtocol):
         self._unread = 0
         self._owes_since = None
         super().on_headers_complete()
+        if self.cycle is None:
+            return
         if self.scope["http_version"] == "1.0":
             # Such a peer does not know chunks: the end of the connection is that of the answer.
             self.cycle.chunked_encoding = False
             self.cycle.expected_content_length = _AnyLength()
-        if self._is_spare and self.cycle is not None:
+        if self._is_spare:
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
