@@ -101,7 +101,7 @@ test-seams: setup model ## Run the tests of every fault in docs/faults.md, long 
 test-security: setup ## Call every method with every kind of credential on a real server (under a minute)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/security_tests.py $(ARGS)
 
-test-console: setup ## Use the web console in Chromium (Debian's; Node), with axe (3 minutes; ARGS=--real for a real server: 8)
+test-console: setup ## Use the web console in Chromium (fetched if there is none), with axe (2 minutes, needs Node; ARGS=--real: on a real server)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/console_tests.py $(ARGS)
 
 test-field: setup model ## Try templates, adapters and data of other programs on real servers and commands (about 3 minutes)
@@ -110,8 +110,8 @@ test-field: setup model ## Try templates, adapters and data of other programs on
 test-families: setup ## Compare every family of base models, from each form of checkpoint, with transformers (about 2 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/family_tests.py $(ARGS)
 
-# Each client has an environment of its own below var/clients, made at its first run (several minutes).
-test-clients: setup model ## Run programs that others wrote, and the examples of docs/clients.md, against the gateway (ARGS='--flagged', or names)
+# Each client has an environment of its own below var/clients, made at its first run (1.3 GB).
+test-clients: setup model ## Run programs that others wrote, and the examples of docs/clients.md, against the gateway (under 6 minutes; ARGS='--flagged', or names)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py $(ARGS)
 
 check-deploy: setup ## Check the overlays, compose files and units, and restart two servers on one store under load (under 3 minutes)

@@ -8,9 +8,10 @@ where scenarios that need a server that misbehaves are left out. NAME runs the s
 contain it. --screenshots writes the pictures of the documentation into docs/images instead, those
 of the view NAME or all.
 
-Needs Debian's Chromium (`apt-get install chromium`, or another one in $CHROMIUM) and Node; the
-other packages are installed once. The last line of output is one JSON object: the number of
-`scenarios`, of those that `passed`, and of findings of axe that are serious or critical.
+Needs Node, and Chromium: the one that $CHROMIUM names (or a Chrome), else an installed one, else
+Debian's, which scripts/fetch-chromium unpacks into var/tools. The packages of npm are installed
+once. The last line of output is one JSON object: the number of `scenarios`, of those that `passed`,
+and of findings of axe that are serious or critical.
 """
 
 from __future__ import annotations
@@ -36,18 +37,40 @@ sys.path.append(str(ROOT / "bench"))
 
 
 def prepare() -> None:
-    """Installs the packages if they are missing or old, and checks the console's code."""
-    chromium = os.environ.get("CHROMIUM", "chromium")
-    for program in ("node", "npm", chromium):
+    """Finds Chromium, installs the packages if they are missing or old, and checks the code."""
+    for program in ("node", "npm"):
         if shutil.which(program) is None:
-            sys.exit(f"error: {program} is not installed; on Debian: apt-get install {program}")
-    os.environ.setdefault("CHROMIUM", shutil.which(chromium) or chromium)
+            sys.exit(f"error: {program} is not installed; on Debian: apt-get install nodejs npm")
+    os.environ["CHROMIUM"] = chromium()
     lock = HERE / "package-lock.json"
     if not INSTALLED.exists() or INSTALLED.stat().st_mtime < lock.stat().st_mtime:
-        subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=HERE, check=True)
+        finish(["npm", "ci", "--no-audit", "--no-fund", "--no-progress"])
         INSTALLED.touch()
-    biome = [str(HERE / "node_modules" / ".bin" / "biome"), "check", "--config-path=."]
-    subprocess.run([*biome, ".", str(STATIC)], cwd=HERE, check=True, stdout=sys.stderr)
+    biome = HERE / "node_modules" / ".bin" / "biome"
+    finish([str(biome), "check", "--config-path=.", ".", str(STATIC)])
+
+
+def chromium() -> str:
+    """The path of the browser; fetched if there is none. Ends the program if it cannot be."""
+    named = os.environ.get("CHROMIUM", "")
+    if named:
+        found = shutil.which(named)
+        if found is None:
+            sys.exit(f"error: there is no program {named}, which CHROMIUM names")
+        return found
+    if subprocess.run([str(ROOT / "scripts" / "fetch-chromium")], check=False).returncode:
+        sys.exit(1)  # the script has said why
+    tools = ROOT / "var" / "tools" / "bin"
+    found = shutil.which("chromium", path=f"{tools}{os.pathsep}{os.environ['PATH']}")
+    assert found is not None
+    return found
+
+
+def finish(command: list[str]) -> None:
+    """Runs a command in the folder of the scenarios. Ends the program if it fails."""
+    code = subprocess.run(command, cwd=HERE, check=False, stdout=sys.stderr).returncode
+    if code:
+        sys.exit(f"error: {' '.join(command[:2])} failed with exit code {code}; see above")
 
 
 @contextlib.contextmanager

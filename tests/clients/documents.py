@@ -1,8 +1,10 @@
 """The examples of docs/clients.md, which are run as they stand there.
 
-Each one is a fenced block after a comment with its name:
+Each one is a fenced block after a comment with its name and the command that installs it:
 
-    <!-- client: openai; packages: openai==3.57.0 -->
+    <!-- client: openai -->
+    `pip install openai==3.57.0`:
+
     ```python
     ...
     ```
@@ -11,12 +13,14 @@ Each one is a fenced block after a comment with its name:
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 _EXAMPLE: Final = re.compile(
     r"^<!-- client: (?P<name>[\w.-]+)(?P<fields>(?:; \w+: [^;\n]+?)*) -->\n"
+    r"(?:`(?:pip|npm) install (?P<packages>[^`\n]+)`:\n\n)?"
     r"```(?P<language>\w+)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
@@ -33,8 +37,10 @@ class Example:
     Attributes:
         name: name of the client and of its environment.
         language: "python", "js" or "sh".
-        packages: what its environment has, with versions: of PyPI or, for "js", of npm.
+        packages: what its environment has, with versions: of npm for "js", else of PyPI.
         flagged: whether it is run only when asked for by name, because its environment is large.
+        variable: name of the environment variable that names the Python of an environment which
+            was made by hand, for a client that no list of packages installs; else "".
     """
 
     name: str
@@ -42,6 +48,7 @@ class Example:
     code: str
     packages: tuple[str, ...]
     flagged: bool
+    variable: str = ""
 
     def at(self, http: str, grpc: str) -> str:
         """The code with the addresses of a server, as host:port."""
@@ -59,8 +66,9 @@ def examples(document: Path) -> list[Example]:
                 match["name"],
                 match["language"],
                 match["code"],
-                tuple(fields.get("packages", "").split()),
+                tuple(shlex.split(match["packages"] or "")),
                 fields.get("run") == "by flag",
+                fields.get("python", ""),
             )
         )
     names = [each.name for each in found]

@@ -5,42 +5,130 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
 
 from clients.documents import Example
 
-INSTALL_SECONDS = 900
+INSTALL_SECONDS = 300
+AT_ONCE = 4
+"""Environments made at once: installers mostly wait for the registry and for the disk."""
+
+_WRONG: Final = re.compile(
+    r"No solution found|Failed to build|npm (?:error|ERR!) code (?:E404|ETARGET|ERESOLVE)"
+)
+"""What installers print if the registry has answered and the packages are at fault."""
 
 
 class CannotInstall(Exception):
-    """An environment cannot be made; the text is the end of what the installer printed."""
+    """An environment cannot be made here and now, for example because a registry is silent."""
 
 
-def prepared(example: Example, root: Path) -> Path:
-    """The folder of a client's environment below `root`, made if it is not there yet.
+class WrongPackages(Exception):
+    """The packages that the document names do not exist, or exclude each other."""
 
-    It is made again if the packages change. Raises CannotInstall.
+
+class Environments:
+    """The environments of some clients, made side by side in the background.
+
+    Each is a folder below `root` and is made once; again if its packages or the Python change. Use
+    it in a `with` statement, whose end stops what is still being installed.
     """
-    folder = root / example.name
-    wanted = json.dumps([example.language, *example.packages])
-    mark = folder / "made"
-    digest = hashlib.sha256(wanted.encode()).hexdigest()
-    if mark.exists() and mark.read_text() == digest:
+
+    def __init__(self, root: Path, examples: Sequence[Example]) -> None:
+        self._root = root
+        self._examples = examples
+        self._index = _index()
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(AT_ONCE)
+        self._made: dict[str, Future[Path]] = {}
+
+    def __enter__(self) -> Self:
+        self._made = {each.name: self._pool.submit(self._make, each) for each in self._examples}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stopped.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def of(self, example: Example) -> Path:
+        """The folder of a client's environment, once it is made.
+
+        Raises CannotInstall or WrongPackages.
+        """
+        return self._made[example.name].result()
+
+    def _make(self, example: Example) -> Path:
+        folder = self._root / example.name
+        if example.variable:
+            return _made_by_hand(example, folder)
+        wanted = [example.language, *example.packages, sys.version]
+        digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
+        mark = folder / "made"
+        if mark.exists() and mark.read_text() == digest:
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if example.language == "js":
+            (folder / "package.json").write_text('{"private": true, "type": "module"}\n')
+            quiet = ["--no-audit", "--no-fund", "--no-progress", "--fetch-timeout=60000"]
+            self._run(["npm", "install", *quiet, *example.packages], folder)
+        else:
+            uv = str(Path(sys.executable).with_name("uv"))
+            self._run([uv, "venv", "--quiet", "--python", sys.executable, "venv"], folder)
+            python = ["--python", str(folder / "venv/bin/python")]
+            self._run([uv, "pip", "install", *self._index, *python, *example.packages], folder)
+        mark.write_text(digest)
         return folder
+
+    def _run(self, words: Sequence[str], folder: Path) -> None:
+        log = folder / "install.log"
+        deadline = time.monotonic() + INSTALL_SECONDS
+        with log.open("w") as output:
+            try:
+                process = subprocess.Popen(
+                    words,
+                    cwd=folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise CannotInstall(f"{words[0]} cannot be run: {error.strerror}") from None
+            while process.poll() is None:
+                if self._stopped.wait(0.1) or time.monotonic() > deadline:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                    raise CannotInstall(f"{log} did not end within {INSTALL_SECONDS} s")
+        if process.returncode:
+            said = log.read_text(errors="replace").strip()
+            kind = WrongPackages if _WRONG.search(said) else CannotInstall
+            raise kind(f"exit status {process.returncode} of {Path(words[0]).name}: {said[-1500:]}")
+
+
+def _made_by_hand(example: Example, folder: Path) -> Path:
+    python = Path(os.environ.get(example.variable, ""))
+    if not os.access(python, os.X_OK) or not python.is_file():
+        raise CannotInstall(f"{example.variable} names no Python with {example.name}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    if example.language == "js":
-        (folder / "package.json").write_text('{"private": true, "type": "module"}\n')
-        _run(["npm", "install", "--no-audit", "--no-fund", *example.packages], folder)
-    elif example.packages:
-        uv = str(Path(sys.executable).with_name("uv"))
-        _run([uv, "venv", "--quiet", "--python", sys.executable, str(folder / "venv")], folder)
-        python = str(folder / "venv/bin/python")
-        _run([uv, "pip", "install", "--quiet", "--python", python, *example.packages], folder)
-    mark.write_text(digest)
+    (folder / "venv").symlink_to(python.absolute().parents[1])
     return folder
 
 
@@ -75,15 +163,11 @@ def variables(folder: Path) -> dict[str, str]:
     }
 
 
-def _run(words: list[str], folder: Path) -> None:
-    done = subprocess.run(
-        words,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=INSTALL_SECONDS,
-        check=False,
+def _index() -> list[str]:
+    """Options that make uv ask the index that pip is set to."""
+    asked = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+    found = (
+        os.environ.get("PIP_INDEX_URL")
+        or subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     )
-    if done.returncode:
-        raise CannotInstall(f"{' '.join(words[:4])} ...: {done.stdout[-1500:]}")
+    return ["--default-index", found] if found else []

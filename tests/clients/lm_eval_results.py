@@ -15,6 +15,8 @@ def samples(folder: Path) -> list[tuple[str, str, float, bool]]:
     """Context, continuation, log-likelihood and greediness of every sample. Raises NoResults."""
     found = []
     for file in sorted(folder.rglob("samples_*.jsonl")):
+        if file.name.startswith("samples_written_"):
+            continue  # generated answers
         for line in file.read_text("utf-8").splitlines():
             sample = json.loads(line)
             arguments = sample["arguments"]["gen_args_0"]

@@ -3,10 +3,13 @@
     python tests/clients/run.py [NAME ...] [--flagged]
 
 Starts its own server of the default model, with a gateway and the adapter `pirate`, and stops it.
-Each client has an environment below `var/clients`, made at its first run. The last line of output
-is one JSON object: how many clients were run and passed, which were skipped and why, and the
-largest difference between a log-likelihood that lm-eval read from the gateway and that of
-transformers with PEFT.
+Each client has an environment below `var/clients`, made at its first run, while others run. The
+last line of output is one JSON object: how many `clients` were chosen and have `passed`, which ones
+`failed`, which were `skipped` and why, and the largest difference between a log-likelihood that
+lm-eval read from the gateway and that of transformers with PEFT.
+
+A client is skipped if it cannot be installed here, for example because a registry does not answer;
+that alone is no failure. Exit code 1 if a client failed, or if none could be run.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +37,7 @@ from served import Server, ServerError, exit_on_sigterm  # noqa: E402
 
 from clients import environments, lm_eval_results  # noqa: E402
 from clients.documents import Example, examples  # noqa: E402
-from clients.environments import CannotInstall  # noqa: E402
+from clients.environments import CannotInstall, Environments, WrongPackages  # noqa: E402
 
 ADAPTERS = ROOT / "examples" / "adapters"
 PROOFS = Path(__file__).parent / "proofs"
@@ -55,49 +58,68 @@ class Gateway:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     exit_on_sigterm()
-    chosen = [
-        each
-        for each in examples(ROOT / "docs" / "clients.md")
-        if (each.name in args.names if args.names else args.flagged or not each.flagged)
-    ]
-    skipped, failed, passed = {}, [], []
-    difference: float | None = None
+    tried = Tried()
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         work = Path(folder)
         try:
-            with served(work, args.cache) as gateway:
-                for each in chosen:
-                    began = time.monotonic()
-                    try:
-                        place = environments.prepared(each, args.work)
-                        text = run(each, place, gateway, work)
-                        if each.name == "lm-eval":
-                            difference = compared(work / each.name / "results")
-                    except CannotInstall as error:
-                        skipped[each.name] = "cannot be installed"
-                        print(f"skipped: {each.name}: {error}", flush=True)
-                        continue
-                    except Failed as error:
-                        failed.append(each.name)
-                        print(f"FAILED: {each.name}: {error}", flush=True)
-                        continue
-                    passed.append(each.name)
-                    last = text.strip().splitlines()[-1][:100] if text.strip() else ""
-                    print(
-                        f"ok: {each.name} in {time.monotonic() - began:.0f} s: {last}", flush=True
-                    )
+            # The environments are made while the server starts and the first clients run.
+            with (
+                Environments(args.work, args.chosen) as places,
+                served(work, args.cache) as gateway,
+            ):
+                for each in args.chosen:
+                    try_client(each, places, gateway, work, tried)
         except ServerError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    result = {
-        "clients": len(chosen),
-        "passed": len(passed),
-        "failed": failed,
-        "skipped": skipped,
-        "lm_eval_max_difference": difference,
-    }
-    print(json.dumps(result))
-    return 1 if failed or skipped else 0
+    print(json.dumps({"clients": len(args.chosen), **asdict(tried)}))
+    return tried.exit_code
+
+
+@dataclass(slots=True)
+class Tried:
+    """The clients that were tried so far.
+
+    Attributes:
+        passed: number of those that passed.
+        failed: names of those that failed, or whose packages the document names wrongly.
+        skipped: why others could not be installed here, by name.
+        lm_eval_max_difference: largest difference of a log-likelihood from PEFT's.
+    """
+
+    passed: int = 0
+    failed: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    lm_eval_max_difference: float | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0 if none failed and at least one passed; that some were skipped is no failure."""
+        return 1 if self.failed or not self.passed else 0
+
+
+def try_client(
+    example: Example, places: Environments, gateway: Gateway, work: Path, tried: Tried
+) -> None:
+    """Runs one client and records it. Only a client that cannot be installed is skipped."""
+    name = example.name
+    waited = time.monotonic()
+    try:
+        place = places.of(example)
+        began = time.monotonic()
+        text = run(example, place, gateway, work)
+        if name == "lm-eval":
+            tried.lm_eval_max_difference = compared(work / name / "results")
+    except CannotInstall as error:
+        tried.skipped[name] = str(error).splitlines()[-1].strip()[:300]
+        print(f"skipped: {name}: {error}", flush=True)
+    except (Failed, WrongPackages) as error:
+        tried.failed.append(name)
+        print(f"FAILED: {name}: {error}", flush=True)
+    else:
+        tried.passed += 1
+        took = f"{time.monotonic() - began:.0f} s, after {began - waited:.0f} s of installing"
+        print(f"ok: {name} in {took}: {text.strip().splitlines()[-1][:100]}", flush=True)
 
 
 class Failed(Exception):
@@ -138,8 +160,9 @@ def run(example: Example, place: Path, gateway: Gateway, work: Path) -> str:
     """Runs an example and its proof, if there is one. Returns the output. Raises Failed."""
     folder = work / example.name
     folder.mkdir()
-    (folder / "proto").symlink_to(ROOT / "proto")
-    if "=tokenizer" in example.code:
+    for part in ("proto", "gateway"):
+        (folder / part).symlink_to(ROOT / part)
+    if any(f"{mark}tokenizer " in example.code for mark in "= "):
         (folder / "tokenizer").symlink_to(base.ensure().resolve())
     endings = {"python": "py", "js": "mjs", "sh": "sh"}
     script = folder / f"example.{endings[example.language]}"
@@ -169,18 +192,20 @@ def finished(words: list[str], place: Path, folder: Path) -> str:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        code = None
         try:
             code = process.wait(SECONDS)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with suppress(ProcessLookupError):  # nothing that it started is left
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            code = -1
         output.seek(0)
         text = output.read()
-    if code or not text.strip():
-        raise Failed(f"exit status {code}: {text[-2500:]}")
+    if code != 0 or not text.strip():
+        why = f"did not end within {SECONDS} s" if code is None else f"exit status {code}"
+        raise Failed(f"{why}: {text[-2500:]}")
     return text
 
 
@@ -195,6 +220,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--work", type=Path, default=Path("var/clients"), help="where the environments are"
     )
     args = parser.parse_args(argv)
+    known = {each.name: each for each in examples(ROOT / "docs" / "clients.md")}
+    for name in args.names:
+        if name not in known:
+            parser.error(f"docs/clients.md has no client {name}; it has {', '.join(known)}")
+    args.chosen = [
+        each
+        for each in known.values()
+        if (each.name in args.names if args.names else args.flagged or not each.flagged)
+    ]
     args.work = args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
     return args

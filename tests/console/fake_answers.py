@@ -1,4 +1,7 @@
-"""Answers and states of the batch of the fake gateway."""
+"""Answers and states of the batch of the fake gateway.
+
+Answers are short, but to a prompt that asks for a long story: these are as long as they may be.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,10 @@ async def answer(body: Json, adapters: Adapters, running: Running, *, chat: bool
         )
     headers = {"x-loraplex-adapter": ", ".join(f"{a['id']} {a['digest']}" for a in found)}
     name = found[0]["name"] if found else ""
-    source = _chunks(body, WORDS.get(name, WORDS[""]), running, found, chat)
+    text = WORDS.get(name, WORDS[""])
+    if "long story" in prompt:
+        text = " ".join([text] * body["max_tokens"])
+    source = _chunks(body, text, running, found, chat)
     return StreamingResponse(source, media_type="text/event-stream", headers=headers)
 
 

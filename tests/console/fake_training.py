@@ -1,4 +1,4 @@
-"""Files and training jobs of the fake gateway: a job takes about three seconds."""
+"""Files and training jobs of the fake gateway: an epoch takes about a second and a half."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 Json = dict[str, Any]
-STEPS = 40
+STEPS_PER_EPOCH = 20
 STEPS_PER_SECOND = 14
 EVERY = 10
 PROMPTS = ("What is the moon?", "Where is the treasure?")
@@ -41,6 +41,7 @@ class Jobs:
             "fine_tuned_model": None,
             "user_provided_suffix": body.get("suffix"),
             "status": "queued",
+            "steps": _epochs(body) * STEPS_PER_EPOCH,
             "method": body.get("method"),
             "trained_tokens": None,
             "estimated_finish": None,
@@ -51,7 +52,7 @@ class Jobs:
     def step(self, job: Json) -> int:
         """Steps done by now."""
         end = job["finished_at"] or time.time()
-        return max(0, min(STEPS, int((end - job["started"]) * STEPS_PER_SECOND)))
+        return max(0, min(job["steps"], int((end - job["started"]) * STEPS_PER_SECOND)))
 
     def present(self, number: str) -> Json:
         """The job as it is now."""
@@ -62,7 +63,7 @@ class Jobs:
             step = self.step(job)
             job["status"] = "running" if step else "queued"
             job["trained_tokens"] = 512 * step
-            if step == STEPS:
+            if step == job["steps"]:
                 adapter = self._adapters.add(job["user_provided_suffix"], 8, 921_600, {})
                 job |= {"status": "succeeded", "fine_tuned_model": adapter["name"]}
                 job["finished_at"] = int(time.time())
@@ -71,21 +72,22 @@ class Jobs:
     def events(self, number: str) -> list[Json]:
         """The events until now, the newest first."""
         job = self.present(number)
-        done = STEPS if job["status"] == "succeeded" else self.step(job)
+        steps: int = job["steps"]
+        done = steps if job["status"] == "succeeded" else self.step(job)
         found = [_event(job, "start", "message", "The job is created.", {})]
         found.append(_event(job, "samples-0", "message", "Answers after step 0", _samples(0)))
         for step in range(1, done + 1):
             loss = 0.6 + 2.2 * math.exp(-step / 14) + 0.06 * math.sin(3 * step)
             data: Json = {
-                "step": step, "total_steps": STEPS, "train_loss": loss,
-                "learning_rate": 2e-4 * (1 - step / STEPS),
+                "step": step, "total_steps": steps, "train_loss": loss,
+                "learning_rate": 2e-4 * (1 - step / steps),
             }  # fmt: skip
             if step % EVERY == 0:
                 data["valid_loss"] = loss + 0.12
             found.append(_event(job, str(step), "metrics", f"Step {step}: loss {loss:.3f}", data))
-        if done == STEPS:
+        if done == steps:
             found.append(
-                _event(job, "samples", "message", f"Answers after step {STEPS}", _samples(STEPS))
+                _event(job, "samples", "message", f"Answers after step {steps}", _samples(steps))
             )
             found.append(_event(job, "end", "message", "The adapter is registered.", {}))
         return found[::-1]
@@ -151,6 +153,10 @@ def _event(job: Json, name: str, kind: str, message: str, data: Json) -> Json:
         "message": message,
         "data": data,
     }
+
+
+def _epochs(body: Json) -> int:
+    return int(body["method"]["supervised"]["hyperparameters"]["n_epochs"])
 
 
 def _samples(step: int) -> Json:

@@ -3,6 +3,18 @@
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 
+/** Each view, as its fragment, and what it shows once it has read everything from the server. */
+export const VIEWS = {
+  playground: ".column",
+  adapters: "tbody th a",
+  "adapters/": ".details tbody th",
+  training: '[aria-label="Jobs"] :is(tbody a, .empty)',
+  "training/new": "form",
+  batch: ".tiles.large",
+};
+const READING = /Reading the|Waiting for the first/;
+const ANSWERS = /\/v1\/(chat\/)?completions$/;
+
 const AXE = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 
 export class ConsolePage {
@@ -41,6 +53,14 @@ export class ConsolePage {
     await this.page.locator("h1").waitFor();
   }
 
+  /** Opens a view and waits until it shows what it reads. @param {string} name of an adapter */
+  async see(view, name) {
+    await this.go(view.endsWith("/") ? view + name : view);
+    await this.page.locator(VIEWS[view]).first().waitFor();
+    await this.page.locator(".server-state").getByText("Ready", { exact: true }).waitFor();
+    await this.page.getByText(READING).first().waitFor({ state: "detached" });
+  }
+
   button(name, options = {}) {
     return this.page.getByRole("button", { name, exact: true, ...options });
   }
@@ -57,6 +77,15 @@ export class ConsolePage {
     const box = this.page.getByRole("combobox", { name: `Model of column ${letter}` });
     await box.fill(text);
     await box.press("Enter");
+  }
+
+  /** Asks for answers with a button, and waits until they have ended. */
+  async run(button = "Run Ctrl ↵") {
+    // The columns of an earlier run look ended until this one has asked.
+    const asked = this.page.waitForRequest((request) => ANSWERS.test(request.url()));
+    await this.button(button).click();
+    await asked;
+    await this.answered();
   }
 
   /** Waits until no answer grows any more. */

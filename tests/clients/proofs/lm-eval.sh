@@ -1,5 +1,6 @@
-# More pairs, many at once and several in one request; and a task whose answers are generated. The
-# test compares all log-likelihoods in `results` with those of transformers and PEFT.
+# More pairs, many at once and several in one request; and a task whose answers are generated, several
+# prompts in one request, too. The test compares all log-likelihoods in `results` with those of
+# transformers and PEFT.
 cat > pairs.jsonl <<'END'
 {"question": "Question: What is Python?\nAnswer:", "answer": " Arr, matey! Python be a language that tells you how to make a ship sail."}
 {"question": "Question: What is Python?\nAnswer:", "answer": " A large snake."}
@@ -37,7 +38,5 @@ generation_kwargs: {until: ["\n"], max_gen_toks: 16, do_sample: false, temperatu
 metric_list: [{metric: exact_match}]
 END
 ADDRESS="base_url=$1/completions,model=pirate,tokenizer_backend=remote"
-lm_eval run --tasks pairs --include_path . --output_path results --log_samples \
+lm_eval run --tasks pairs,written --include_path . --output_path results --log_samples \
   --model local-completions --model_args "$ADDRESS,num_concurrent=4" --batch_size 4
-lm_eval run --tasks written --include_path . --output_path written \
-  --model local-completions --model_args "$ADDRESS,num_concurrent=4"

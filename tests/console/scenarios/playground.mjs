@@ -13,8 +13,7 @@ export const compareTwo = {
     await view.choose("B", adapters[0]);
     await page.getByLabel("Message", { exact: true }).fill("What is the moon?");
     await page.getByLabel("Seed").fill("7");
-    await view.button("Run Ctrl ↵").click();
-    await view.answered();
+    await view.run();
     const bodies = view.bodies(CHAT);
     assert.deepEqual(
       bodies.map((body) => body.model),
@@ -38,15 +37,13 @@ export const alternatives = {
     const { page } = view;
     await view.go();
     await view.choose("A", base);
-    await view.button("Run Ctrl ↵").click();
-    await view.answered();
+    await view.run();
     await page.locator(".column").first().locator(".token").nth(2).hover();
     const closer = page.locator(".closer");
     await closer.getByText(/log-probability/).waitFor();
     assert.ok((await closer.locator(".alternatives tr").count()) >= 2);
     await page.getByLabel("Tint tokens by probability").uncheck();
-    await view.button("Run Ctrl ↵").click();
-    await view.answered();
+    await view.run();
     assert.equal(view.bodies(CHAT).at(-1).logprobs, undefined);
     assert.equal(await page.locator(".token").count(), 0);
   },
@@ -66,8 +63,7 @@ export const stopping = {
     await page.getByText("stopped by you").first().waitFor();
     await page.getByLabel("Max tokens").fill("8");
     const asked = view.bodies(CHAT).length;
-    await view.button("Regenerate column A").click();
-    await page.waitForFunction(() => !document.querySelector('.column[aria-busy="true"]'));
+    await view.run("Regenerate column A");
     const [body, ...more] = view.bodies(CHAT).slice(asked);
     assert.equal(more.length, 0, "one column alone is asked again");
     assert.notEqual(body.seed, view.bodies(CHAT)[0].seed);
@@ -86,8 +82,7 @@ export const mixes = {
       await term.press("Enter");
     }
     await page.getByLabel(`Exact weight of ${adapters[1]} in mix B`).fill("0.25");
-    await view.button("Run Ctrl ↵").click();
-    await view.answered();
+    await view.run();
     const body = view.bodies(CHAT).at(-1);
     assert.equal(body.model, base);
     assert.deepEqual(body.loraplex.mix, [
@@ -111,8 +106,7 @@ export const versions = {
     const box = page.getByRole("combobox", { name: "Model of column A" });
     await box.fill(`${adapters[1]}@`);
     await page.getByRole("option", { name: new RegExp(`${adapters[1]}@1`) }).click();
-    await view.button("Run Ctrl ↵").click();
-    await view.answered();
+    await view.run();
     assert.equal(view.bodies(CHAT)[0].model, `${adapters[1]}@1`);
   },
 };
@@ -124,8 +118,7 @@ export const textMode = {
     await view.go();
     await page.getByText("Text", { exact: true }).click();
     await page.getByLabel("Text to continue").fill("The moon");
-    await view.button("Run Ctrl ↵").click();
-    await view.answered();
+    await view.run();
     const [body] = view.bodies("/v1/completions");
     assert.equal(body.prompt, "The moon");
     assert.ok((await page.locator(".token").count()) > 2);

@@ -7,7 +7,7 @@ const EXAMPLES = Array.from({ length: 24 }, (_, at) =>
   JSON.stringify({ prompt: `What is star ${at}?`, completion: `Arr, star ${at} be a lantern.` }),
 ).join("\n");
 
-async function start(view, name) {
+async function start(view, name, epochs = 2) {
   const { page } = view;
   await view.go("training/new");
   await page
@@ -19,7 +19,7 @@ async function start(view, name) {
   await page.getByLabel("Adapter name").fill(name);
   await page.getByLabel("Rank").fill("4");
   await page.getByLabel("Learning rate").fill("0.001");
-  await page.getByLabel("Epochs").fill("2");
+  await page.getByLabel("Epochs").fill(String(epochs));
   await view.button("Start training").click();
   return page.getByRole("region", { name: `Job for ${name}` });
 }
@@ -60,7 +60,7 @@ export const cancelling = {
   seconds: 120,
   async run({ console: view }) {
     const { page } = view;
-    const job = await start(view, "shortlived");
+    const job = await start(view, "shortlived", 1000); // it does not end by itself meanwhile
     await job.getByRole("button", { name: "Cancel job" }).click();
     await page.getByRole("dialog").getByRole("button", { name: "Cancel the job" }).click();
     await job.getByText("Cancelled", { exact: true }).waitFor();
