@@ -76,9 +76,8 @@ class ChatStream:
         extra: dict[str, Any] = {}
         if request.logprobs:
             as_ids = bool(request.return_tokens_as_token_ids)
-            extra["logprobs"] = logprobs.chat_logprobs(
-                delta.logprobs, request.top, as_ids, request.skips_special
-            )
+            given = request.top, as_ids, request.skips_special
+            extra["logprobs"] = logprobs.chat_logprobs(delta.logprobs, *given)
         if request.return_token_ids:
             extra["token_ids"] = list(delta.token_ids)
         if not self._reads_tools:
