@@ -27,7 +27,7 @@ endif
 # The tests' models are tiny: two threads are enough to expose races, more would slow the tests down.
 TEST_THREADS ?= 2
 # Files of tests run side by side, each with all its tests in one process: SIDE_BY_SIDE= for one after the other.
-SIDE_BY_SIDE ?= -n 2 --dist loadfile
+SIDE_BY_SIDE ?= -n 3 --dist loadfile
 FUZZ_SECONDS ?= 20
 SOAK_DURATION = $(if $(filter command line,$(origin DURATION)),$(DURATION),300)
 # Arguments for the program that a target runs, for example: make test ARGS='tests/engine -k preempt'

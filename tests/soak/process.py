@@ -28,15 +28,13 @@ class Taken:
     """What the processes of a server hold at one time.
 
     Attributes:
-        front_mb: resident memory of the front in MB.
-        all_mb: that of all processes together.
+        mb: resident memory in MB, by process.
         open: number of open descriptors, by process and kind, such as "front: socket".
         threads: number of threads, by process.
         series: the series of /metrics.
     """
 
-    front_mb: float
-    all_mb: float
+    mb: dict[str, float]
     open: Counter[str]
     threads: Counter[str]
     series: frozenset[str]
@@ -50,10 +48,8 @@ class Taken:
 
 def taken_of(processes: Mapping[str, psutil.Process], series: Iterable[str]) -> Taken:
     """What these processes hold now, by their names."""
-    memory = {name: each.memory_info().rss / 1e6 for name, each in processes.items()}
     return Taken(
-        front_mb=memory["front"],
-        all_mb=sum(memory.values()),
+        mb={name: each.memory_info().rss / 1e6 for name, each in processes.items()},
         open=Counter(
             f"{name}: {kind}" for name, each in processes.items() for kind in opened(each)
         ),

@@ -201,7 +201,9 @@ class Watch:
         if len(later) < 3:
             return 0.0
         times = np.array([at for at, _ in later])
-        return float(np.polyfit(times, np.array([taken.all_mb for _, taken in later]), 1)[0])
+        return float(
+            np.polyfit(times, np.array([sum(taken.mb.values()) for _, taken in later]), 1)[0]
+        )
 
 
 async def soak(args: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -248,13 +250,14 @@ async def soak(args: argparse.Namespace, folder: Path) -> dict[str, object]:
 
 
 async def start_checks(server: ServerProcess) -> None:
-    """Asks for structured output once, whose processes start at the first such request."""
+    """Asks for structured output, whose two processes start with the first forms."""
     async with grpc.aio.insecure_channel(server.address) as channel:
         generation = generation_pb2_grpc.GenerationServiceStub(channel)
-        request = ask(20, 21, new=2)
-        request.structured_output.regex = "[a-z ]*"
-        with suppress(grpc.aio.AioRpcError):  # a model without a tokenizer has no such output
-            await generation.Generate(request, timeout=120)
+        for letters in ("a-z", "a-y", "a-x", "a-w"):
+            request = ask(20, 21, new=2)
+            request.structured_output.regex = f"[{letters} ]*"
+            with suppress(grpc.aio.AioRpcError):  # a model without a tokenizer has no such output
+                await generation.Generate(request, timeout=120)
 
 
 def real_prompts(seed: int) -> list[tuple[int, ...]]:
@@ -284,6 +287,8 @@ def report(
         print(f"{client:20} {reason:24} {count}")
     for text in [*verdict.wrong[:20], *verdict.unexpected[:40], *left]:
         print(text)
+    for name, mb in after.mb.items():
+        print(f"{name}: {before.mb.get(name, 0.0):.0f} MB at the first rest, then {mb:.0f} MB")
     added = after.more_than(before)
     for name, count in sorted(added.items()):
         print(f"{count} more at the second rest: {name}")
