@@ -161,7 +161,8 @@ def test_a_recovery_on_a_full_disk_goes_on_when_there_is_room(disk: Path, tmp_pa
         for number, source in enumerate(stores.adapters(tmp_path, 3)):
             store.register(f"a{number}", source, BASE)
     runner = CliRunner()
-    assert runner.invoke(app, ["store", "backup", str(place), "--store", str(root)]).exit_code == 0
+    command = ["store", "backup", str(place), "--store", str(root), "--no-training"]
+    assert runner.invoke(app, command).exit_code == 0
     ballast = fill(disk, leave=40960)
     command = ["store", "recover", str(place), "--store", str(new)]
     refused = runner.invoke(app, command)
