@@ -21,6 +21,8 @@ from typing import Final, Self
 from clients.documents import Example
 
 INSTALL_SECONDS = 300
+LARGE_INSTALL_SECONDS = 1200
+"""Of an environment that is made only if it is asked for."""
 AT_ONCE = 4
 """Environments made at once: installers mostly wait for the registry and for the disk."""
 
@@ -84,21 +86,23 @@ class Environments:
             return folder
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        limit = LARGE_INSTALL_SECONDS if example.flagged else INSTALL_SECONDS
         if example.language == "js":
             (folder / "package.json").write_text('{"private": true, "type": "module"}\n')
             quiet = ["--no-audit", "--no-fund", "--no-progress", "--fetch-timeout=60000"]
-            self._run(["npm", "install", *quiet, *example.packages], folder)
+            self._run(["npm", "install", *quiet, *example.packages], folder, limit)
         else:
             uv = str(Path(sys.executable).with_name("uv"))
-            self._run([uv, "venv", "--quiet", "--python", sys.executable, "venv"], folder)
+            self._run([uv, "venv", "--quiet", "--python", sys.executable, "venv"], folder, limit)
             python = ["--python", str(folder / "venv/bin/python")]
-            self._run([uv, "pip", "install", *self._index, *python, *example.packages], folder)
+            words = [uv, "pip", "install", *self._index, *python, *example.packages]
+            self._run(words, folder, limit)
         mark.write_text(digest)
         return folder
 
-    def _run(self, words: Sequence[str], folder: Path) -> None:
+    def _run(self, words: Sequence[str], folder: Path, limit: float) -> None:
         log = folder / "install.log"
-        deadline = time.monotonic() + INSTALL_SECONDS
+        deadline = time.monotonic() + limit
         with log.open("w") as output:
             try:
                 process = subprocess.Popen(
@@ -115,7 +119,7 @@ class Environments:
                 if self._stopped.wait(0.1) or time.monotonic() > deadline:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-                    raise CannotInstall(f"{log} did not end within {INSTALL_SECONDS} s")
+                    raise CannotInstall(f"{log} did not end within {limit} s")
         if process.returncode:
             said = log.read_text(errors="replace").strip()
             kind = WrongPackages if _WRONG.search(said) else CannotInstall

@@ -42,7 +42,8 @@ from clients.environments import CannotInstall, Environments, WrongPackages  # n
 ADAPTERS = ROOT / "examples" / "adapters"
 PROOFS = Path(__file__).parent / "proofs"
 SPECIFICATION = ROOT / "gateway" / "openapi.yaml"
-SECONDS = 300
+SECONDS = 900
+"""After which a program counts as hanging: a multiple of what any takes on a busy machine."""
 MOST_DIFFERENCE = 1e-3
 """Of the sum over a continuation of up to 40 tokens in float32."""
 
