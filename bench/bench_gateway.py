@@ -4,9 +4,9 @@
 
 Starts one server with the default model and its gateway, so the server's processes, the gateway and
 the generator of the load share the machine. Sixteen streams of the base at once are sent over gRPC
-and over HTTP (`/v1/completions`) in alternating order, with the same prompts. The share is that of
-the rate over HTTP in that over gRPC, the median of all rounds. The last line of output is one JSON
-object.
+and over HTTP (`/v1/completions`) in alternating order. No prompt is sent twice, since the server
+would find it in its prefix cache. The share is that of the rate over HTTP in that over gRPC, the
+median of all rounds. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
             with Client(server.address) as client:
                 model = client.get_model().name
             for number in range(args.rounds + 1):
-                jobs = jobs_of(args, number)
                 ways = ("gRPC", "HTTP") if number % 2 else ("HTTP", "gRPC")
-                for way in ways:
+                for at, way in enumerate(ways):
+                    jobs = jobs_of(args, 2 * number + at)
                     rate, first = measured(way, server, model, jobs)
                     rates[way].append(rate)
                     firsts[way].append(first)
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def jobs_of(args: argparse.Namespace, seed: int) -> list[Job]:
-    """The requests of a round; no two rounds share a prompt."""
+    """The requests of one run; runs of different seeds share no prompt."""
     return plan(
         Workload(
             popularity=Popularity.BASE,
