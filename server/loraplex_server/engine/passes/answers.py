@@ -203,6 +203,10 @@ class Answers:
             began, at = at, self._clock()
             turns.spend(at - began)
 
+    def refill_masks(self) -> None:
+        """Starts the computation of the masks that are out of date, beside a forward pass."""
+        self._masks.refill()
+
     def take_masks(self, read: ReadPass, begun: float) -> None:
         """Samples held requests whose masks have become ready.
 

@@ -70,6 +70,7 @@ class LockStep:
 
     def _forward(self, rows: list[BatchRow], batch: ForwardBatch) -> tuple[Floats, Floats]:
         """Logits, and the states of the rows that want some."""
+        self._answers.refill_masks()
         if not len(batch.state_rows):
             return np.asarray(self._runner.forward(batch)), _NO_STATES
         width = self._runner.info.base.config.hidden_size

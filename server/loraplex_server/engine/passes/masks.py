@@ -1,8 +1,8 @@
 """The masks of structured output, as the passes use them.
 
-Masks are computed by threads while the forward pass runs, so they are mostly there when its logits
-are. A row whose mask is late is held (`Turns.held`): it keeps its logits and stays out of passes
-until the mask is there, so that no grammar delays the rows of others.
+Masks are computed by threads while the forward pass runs (`refill`), so they are mostly there when
+its logits are. A row whose mask is late is held (`Turns.held`): it keeps its logits and stays out
+of passes until the mask is there, so that no grammar delays the rows of others.
 """
 
 from __future__ import annotations
@@ -45,6 +45,13 @@ class Masks:
         is_last = request.generated + 1 == request.submit.max_new_tokens
         is_complete, failure = self._structures.advance(constraint, structure, token, is_last)
         return is_complete, failure
+
+    def refill(self) -> None:
+        """Starts the computation of the masks that are out of date.
+
+        Threads that compute masks would hold up what is done between two forward passes.
+        """
+        self._structures.refill()
 
     def await_some(
         self, held: Collection[Request], rows: Iterable[Request], step_seconds: float

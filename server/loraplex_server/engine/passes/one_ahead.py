@@ -146,6 +146,7 @@ class OneAhead:
             rows = [launched.row for launched in before.rows]
             begun = max(before.begun, self._answered)
             self._answered = self._clock()
+        self._answers.refill_masks()
         if started.error is not None:
             # Only now, since its requests may have ended well by the tokens just read.
             self._fail([row.request for row in started.rows], started.error)

@@ -15,7 +15,7 @@ from loraplex_server.engine.messages import Failure, ModelInfo, Structure
 from loraplex_server.engine.structures.constraint import Constraint
 from loraplex_server.engine.structures.library import new_matcher, read_tokenizer
 from loraplex_server.engine.structures.numerals import NumeralGuard, TokenSpellings
-from loraplex_server.engine.structures.workers import Workers
+from loraplex_server.engine.structures.workers import Job, Workers
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -42,6 +42,7 @@ class Structures:
         self._spellings: TokenSpellings | None = None
         self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
         self._seconds: deque[float] = deque(maxlen=4096)
+        self._due: list[Job] = []
 
     def constrain(self, structure: Structure) -> Constraint:
         """The constraint of a new request, whose first mask is being computed."""
@@ -59,7 +60,7 @@ class Structures:
     ) -> tuple[bool, Failure | None]:
         """Notes a chosen token; returns whether the text is complete, and why it cannot go on.
 
-        Starts the computation of the next mask, unless there is none or `is_last`. A failure of
+        The next mask, unless there is none or `is_last`, is computed after `refill`. A failure of
         that is in the constraint once it is ready.
         """
         is_complete = constraint.advance(token)
@@ -67,8 +68,14 @@ class Structures:
         if failure is not None:
             self._forget(structure)
         elif not (is_complete or is_last):
-            self._workers.run(partial(self._refill, constraint, structure))
+            self._due.append(partial(self._refill, constraint, structure))
         return is_complete, failure
+
+    def refill(self) -> None:
+        """Starts the computation of the masks that are out of date."""
+        for job in self._due:
+            self._workers.run(job)
+        self._due.clear()
 
     def wait(
         self,
@@ -77,6 +84,7 @@ class Structures:
         enough: Callable[[list[bool]], bool] = all,
     ) -> None:
         """Waits until all, or any, of the constraints are ready, or until time is up."""
+        self.refill()
         self._workers.wait(lambda: enough([each.ready for each in constraints]), seconds)
 
     def take_seconds(self) -> list[float]:
