@@ -56,14 +56,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Iterator[object]:
-    """Takes back what commands that run within a test do to the log of the process."""
+    """Takes back what commands that run within a test do to the process: its log, its umask."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    umask = os.umask(0o077)
+    os.umask(umask)
     try:
         return (yield)
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
+        os.umask(umask)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
