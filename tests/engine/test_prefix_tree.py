@@ -58,7 +58,8 @@ class TreeMachine(RuleBasedStateMachine):
 
     def beginning(self, request: Request, end: int) -> Beginning:
         virtual = tuple((-1 - at, (request.pins[0].digest,)) for at in range(request.prefix.rest))
-        named = tuple((p.digest, w) for p, (_, w) in zip(request.pins, request.mix, strict=True))
+        weights = [weight.hex() for _, weight in request.mix]  # 0.0 and -0.0 are two
+        named = tuple((p.digest, w) for p, w in zip(request.pins, weights, strict=True))
         state: State = named and (*named, request.copies.merge if request.sole_adapter else 0)
         own = [
             (token, state if at >= request.active_from else ())

@@ -50,8 +50,13 @@ async def test_prompt_scores_are_put_into_a_reply_in_slices(
     given = scores(2000, 20)
 
     def one(token: int, value: float) -> generation_pb2.TokenLogprob:
-        text, raw = tokenizer.token_text(token), tokenizer.token_bytes(token)
-        return generation_pb2.TokenLogprob(token_id=token, logprob=value, text=text, raw=raw)
+        return generation_pb2.TokenLogprob(
+            token_id=token,
+            logprob=value,
+            text=tokenizer.token_text(token),
+            raw=tokenizer.token_bytes(token),
+            special=tokenizer.is_special(token),
+        )
 
     wanted = generation_pb2.GenerationDelta(
         logprobs=[
