@@ -4,12 +4,12 @@
     python scripts/check_deploy.py [PYTEST ARGUMENTS]
 
 Renders every Kubernetes overlay and compares its objects with the schemas of Kubernetes, each other
-and the code; does the same for the Dockerfile, the compose files and the units of systemd; and
-restarts two servers on one store and one PostgreSQL one after the other while clients call both.
-What could not be checked is listed. The last line of output is one JSON object: the number of
-`overlays` that were rendered, of tests that failed (`invalid`), of `replicas`, and of requests that
-the client library did not save (`lost_requests`, null if no replicas ran). Exit code 1 if a test
-failed or nothing was rendered, or if a request was lost.
+and the code; does the same for the Dockerfile, the compose files, the units of systemd and what the
+image installs; and restarts two servers on one store and one PostgreSQL one after the other while
+clients call both. What could not be checked is listed. The last line of output is one JSON object:
+the number of `overlays` that were rendered, of tests that failed (`invalid`), of `replicas`, and of
+requests that the client library did not save (`lost_requests`, null if no replicas ran). Exit code
+1 if a test failed or nothing was rendered, or if a request was lost.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("dockerfile", "orchestration", "custom_objects", "compose", "systemd", "ray", "fleet")
+FILES = (
+    *("dockerfile", "orchestration", "custom_objects", "compose", "systemd", "ray", "fleet"),
+    "supply_chain",
+)
 UNCHECKED = (
     "that the Dockerfile builds, and that its images start: no container engine",
     "that a cluster accepts the objects, schedules, probes and scales: no cluster",

@@ -149,6 +149,7 @@ def test_an_audit_names_what_it_found(tmp_path: Path, no_service: Path) -> None:
     assert "a 1: CVE-1, fixed in 2" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_bills_of_materials_are_valid_complete_and_always_the_same(tmp_path: Path) -> None:
     for name in ("one", "two"):
         command = [ROOT / "scripts" / "sbom", sys.executable, tmp_path / name]
