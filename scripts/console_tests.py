@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs the scenarios of the web console in Chromium: make test-console
 
-    python scripts/console_tests.py [--real] [--screenshots] [NAME]
+    python scripts/console_tests.py [--real] [--screenshots] [--or-skip] [NAME]
 
 The gateway is one with invented content, or with --real one with a server and the default model,
 where scenarios that need a server that misbehaves are left out. NAME runs the scenarios whose names
@@ -11,7 +11,8 @@ of the view NAME or all.
 Needs Node, and Chromium: the one that $CHROMIUM names (or a Chrome), else an installed one, else
 Debian's, which scripts/fetch-chromium unpacks into var/tools. The packages of npm are installed
 once. The last line of output is one JSON object: the number of `scenarios`, of those that `passed`,
-and of findings of axe that are serious or critical.
+and of findings of axe that are serious or critical. Where Node, Chromium or a package is missing
+and cannot be fetched, the exit code is 1; with --or-skip it is 0, and `skipped` says what it is.
 """
 
 from __future__ import annotations
@@ -36,22 +37,26 @@ INSTALLED = HERE / "node_modules" / ".package-lock.json"
 sys.path.append(str(ROOT / "bench"))
 
 
+class Missing(Exception):
+    """What the scenarios need is neither there nor can be fetched."""
+
+
 def prepare() -> None:
-    """Finds Chromium, installs the packages if they are missing or old, and checks the code."""
+    """Finds Chromium, and installs the packages if they are missing or old. Raises Missing."""
     for program in ("node", "npm"):
         if shutil.which(program) is None:
-            sys.exit(f"error: {program} is not installed; on Debian: apt-get install nodejs npm")
+            raise Missing(f"{program} is not installed; on Debian: apt-get install nodejs npm")
     os.environ["CHROMIUM"] = chromium()
     lock = HERE / "package-lock.json"
     if not INSTALLED.exists() or INSTALLED.stat().st_mtime < lock.stat().st_mtime:
-        finish(["npm", "ci", "--no-audit", "--no-fund", "--no-progress"])
+        command = ["npm", "ci", "--no-audit", "--no-fund", "--no-progress"]
+        if subprocess.run(command, cwd=HERE, check=False, stdout=sys.stderr).returncode:
+            raise Missing("npm cannot install the packages of tests/console; see above")
         INSTALLED.touch()
-    biome = HERE / "node_modules" / ".bin" / "biome"
-    finish([str(biome), "check", "--config-path=.", ".", str(STATIC)])
 
 
 def chromium() -> str:
-    """The path of the browser; fetched if there is none. Ends the program if it cannot be."""
+    """The path of the browser, which is fetched if there is none. Raises Missing."""
     named = os.environ.get("CHROMIUM", "")
     if named:
         found = shutil.which(named)
@@ -59,18 +64,21 @@ def chromium() -> str:
             sys.exit(f"error: there is no program {named}, which CHROMIUM names")
         return found
     if subprocess.run([str(ROOT / "scripts" / "fetch-chromium")], check=False).returncode:
-        sys.exit(1)  # the script has said why
+        raise Missing("Chromium cannot be fetched; see above")
     tools = ROOT / "var" / "tools" / "bin"
     found = shutil.which("chromium", path=f"{tools}{os.pathsep}{os.environ['PATH']}")
     assert found is not None
     return found
 
 
-def finish(command: list[str]) -> None:
-    """Runs a command in the folder of the scenarios. Ends the program if it fails."""
-    code = subprocess.run(command, cwd=HERE, check=False, stdout=sys.stderr).returncode
-    if code:
-        sys.exit(f"error: {' '.join(command[:2])} failed with exit code {code}; see above")
+def check() -> None:
+    """Checks the console's code. Ends the program if it is wrong."""
+    biome = HERE / "node_modules" / ".bin" / "biome"
+    command = [str(biome), "check", "--config-path=.", ".", str(STATIC)]
+    if subprocess.run(command, cwd=HERE, check=False, stdout=sys.stderr).returncode:
+        sys.exit(
+            "error: the code of the console or of its scenarios is not as it should be; see above"
+        )
 
 
 @contextlib.contextmanager
@@ -126,8 +134,18 @@ def main() -> int:
     parser.add_argument("name", nargs="?", default="", metavar="NAME")
     parser.add_argument("--real", action="store_true", help="use a server with the default model")
     parser.add_argument("--screenshots", action="store_true", help="write docs/images")
+    parser.add_argument(
+        "--or-skip", action="store_true", help="end well where the programs cannot be fetched"
+    )
     args = parser.parse_args()
-    prepare()
+    try:
+        prepare()
+    except Missing as missing:
+        if not args.or_skip:
+            sys.exit(f"error: {missing}")
+        print(json.dumps({"scenarios": 0, "passed": 0, "axe_serious": 0, "skipped": str(missing)}))
+        return 0
+    check()
     program = "screenshots.mjs" if args.screenshots else "run.mjs"
     with real() if args.real else fake() as (url, *options):
         command = ["node", str(HERE / program), url, args.name, *options]

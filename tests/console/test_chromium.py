@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Mapping
 from io import BytesIO
@@ -114,3 +116,15 @@ def test_what_cannot_be_fetched_or_started_is_an_error_that_says_what_to_do(
     why = {"apt-get": "no apt-get", "download": "Failed to fetch", "library": "libone.so.1"}
     assert why.get(missing, "could not fetch") in done.stderr
     assert not (tmp_path / "checkout" / "var" / "tools" / "bin" / "chromium").exists()
+
+
+def test_a_machine_without_node_is_told_what_to_do_and_may_be_passed_over() -> None:
+    command = [sys.executable, str(SCRIPT.parent / "console_tests.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/nowhere"})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: node is not installed; on Debian: apt-get install nodejs npm\n"
+    command.append("--or-skip")
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/nowhere"})
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["passed"]) == (0, 0)
+    assert found["skipped"].startswith("node is not installed")
