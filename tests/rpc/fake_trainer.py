@@ -108,7 +108,8 @@ def train(name: str, lines: list[str], run: Path, steps: int) -> None:
             case "deaf":
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
             case "publish":
-                shutil.copytree(rest, run / "adapter")
+                # A run that is resumed may have been ended within these lines.
+                shutil.copytree(rest, run / "adapter", dirs_exist_ok=True)
                 emit("JobEnded", job=name, state="finished", step=step, reason="all steps are done")
                 emit("Published", job=name, path=str(run / "adapter"), digest="", version="")
                 emit("RunEnded", seconds=1.0, tokens=100 * step, peak_bytes=3000)
