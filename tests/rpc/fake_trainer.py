@@ -76,7 +76,8 @@ def plan(lines: list[str], folder: Path) -> None:
 def train(name: str, lines: list[str], run: Path, steps: int) -> None:
     checkpoints = run / "checkpoints"
     begun = max((int(p.name) for p in checkpoints.glob("0*")), default=0)
-    first = int((run / "line").read_text()) if begun else 0
+    # The file is missing if the run was ended between its first checkpoint and its line.
+    first = int((run / "line").read_text()) if begun and (run / "line").exists() else 0
     checkpoints.mkdir(parents=True, exist_ok=True)
     emit("RunStarted", jobs=[name], steps=[steps], step=begun, device="cpu", estimated_bytes=2000,
          optimisers=["none"])  # fmt: skip
@@ -91,7 +92,7 @@ def train(name: str, lines: list[str], run: Path, steps: int) -> None:
                     step += 1
                     emit("StepDone", job=name, step=step, loss=1 / step, rate=0.1, norm=2.0,
                          tokens=100, learned=50, seconds=0.5)  # fmt: skip
-                (checkpoints / f"{step:06d}").mkdir()
+                (checkpoints / f"{step:06d}").mkdir(exist_ok=True)
                 (run / "line").write_text(str(number + 1))
                 emit("Saved", step=step, path=str(checkpoints))
             case "eval":
