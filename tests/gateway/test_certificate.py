@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import ssl
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 import trustme
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    PrivateFormat,
-    load_pem_private_key,
-)
 from gateway.harness import Web, web
 from loraplex_gateway import certificate
 from loraplex_gateway.certificate import HttpCertificate
 from loraplex_gateway.settings import SettingsError
 from rpc.certificates import Authority, Pair
+from rpc.damaged_pairs import DAMAGES, Damage, folder
 
 ASK = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -116,60 +109,6 @@ async def test_new_connections_get_the_new_certificate_and_open_ones_go_on(
             await shown(site.url, ours.pem, name)
         assert await shown(site.url, other.pem, name) == serial(files)
         kept.close()
-
-
-Damage = Callable[[Pair, Pair], None]
-
-
-def half_chain(new: Pair, place: Pair) -> None:
-    place.chain.write_bytes(new.chain.read_bytes()[:-100])
-    shutil.copy(new.key, place.key)
-
-
-def chain_first(new: Pair, place: Pair) -> None:
-    shutil.copy(new.chain, place.chain)
-
-
-def key_first(new: Pair, place: Pair) -> None:
-    shutil.copy(new.key, place.key)
-
-
-def half_key(new: Pair, place: Pair) -> None:
-    shutil.copy(new.chain, place.chain)
-    place.key.write_bytes(new.key.read_bytes()[:60])
-
-
-def no_key(new: Pair, place: Pair) -> None:
-    shutil.copy(new.chain, place.chain)
-    place.key.unlink()
-
-
-def locked_key(new: Pair, place: Pair) -> None:
-    key = load_pem_private_key(new.key.read_bytes(), None)
-    lock = BestAvailableEncryption(b"secret")
-    place.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, lock))
-    shutil.copy(new.chain, place.chain)
-
-
-def empty(new: Pair, place: Pair) -> None:
-    place.chain.write_bytes(b"")
-
-
-def noise(new: Pair, place: Pair) -> None:
-    place.chain.write_bytes(os.urandom(5000))
-
-
-def pipe(new: Pair, place: Pair) -> None:
-    place.key.unlink()
-    os.mkfifo(place.key)
-
-
-def folder(new: Pair, place: Pair) -> None:
-    place.chain.unlink()
-    place.chain.mkdir()
-
-
-DAMAGES = [half_chain, chain_first, key_first, half_key, no_key, locked_key, empty, noise, pipe]
 
 
 @pytest.mark.usefixtures("looks_always")

@@ -7,7 +7,7 @@ import itertools
 import shutil
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from loraplex_server.rpc import transport
 from loraplex_server.series import Series
 from prometheus_client import CollectorRegistry
 from rpc.certificates import Authority, Pair
+from rpc.damaged_pairs import DAMAGES, Damage
 from rpc.harness import Running, ask, expected, rest, running, streamed
 
 PROMPT = [20, 21, 22]
@@ -257,37 +258,7 @@ def peer_serial(port: int, root: bytes) -> int:
         return Shown(connection).serial
 
 
-Damage = Callable[[Pair, Pair], None]
-
-
-def half_chain(new: Pair, place: Pair) -> None:
-    place.chain.write_bytes(new.chain.read_bytes()[:-100])
-    shutil.copy(new.key, place.key)
-
-
-def chain_first(new: Pair, place: Pair) -> None:
-    shutil.copy(new.chain, place.chain)
-
-
-def key_first(new: Pair, place: Pair) -> None:
-    shutil.copy(new.key, place.key)
-
-
-def half_key(new: Pair, place: Pair) -> None:
-    shutil.copy(new.chain, place.chain)
-    place.key.write_bytes(new.key.read_bytes()[:60])
-
-
-def no_key(new: Pair, place: Pair) -> None:
-    shutil.copy(new.chain, place.chain)
-    place.key.unlink()
-
-
-def empty(new: Pair, place: Pair) -> None:
-    place.chain.write_bytes(b"")
-
-
-@pytest.mark.parametrize("damage", [half_chain, chain_first, key_first, half_key, no_key, empty])
+@pytest.mark.parametrize("damage", DAMAGES)
 async def test_a_half_written_pair_keeps_the_one_before_until_it_is_whole(
     tmp_path: Path,
     files: Pair,

@@ -101,12 +101,12 @@ def where(tmp_path: Path) -> tuple[object, ...]:
 
 
 @pytest.fixture
-def anew(tmp_path: Path) -> tuple[object, ...]:
+def other(tmp_path: Path) -> tuple[object, ...]:
     return ("--store", tmp_path / "new", "--training-jobs-dir", tmp_path / "new-jobs")
 
 
 async def test_a_recovered_server_has_its_users_files(
-    jobs: Path, tmp_path: Path, where: tuple[object, ...], anew: tuple[object, ...]
+    jobs: Path, tmp_path: Path, where: tuple[object, ...], other: tuple[object, ...]
 ) -> None:
     named = {"owner": "änna", "filename": "../x\n.jsonl", "labels": {"a": "b"}, "request_id": "r"}
     first = await upload(jobs, **named)
@@ -115,9 +115,9 @@ async def test_a_recovered_server_has_its_users_files(
     done = run("store", "backup", tmp_path / "backup", *where)
     assert done.exit_code == 0, done.output
     assert "2 data files and 0 records of training jobs; 4 contents copied" in done.stdout
-    checked = run("store", "backup", tmp_path / "backup", "--verify", *anew)
+    checked = run("store", "backup", tmp_path / "backup", "--verify", *other)
     assert "2 data files and 0 records of training jobs are intact, 0 damaged" in checked.stdout
-    done = run("store", "recover", tmp_path / "backup", *anew)
+    done = run("store", "recover", tmp_path / "backup", *other)
     assert (done.exit_code, done.stdout.splitlines()[-1]) == (
         0,
         "recovered 2 data files and 0 records of training jobs",
@@ -134,12 +134,12 @@ async def test_a_recovered_server_has_its_users_files(
 
 
 async def test_ended_jobs_come_back_with_their_events_and_without_their_work(
-    jobs: Path, tmp_path: Path, where: tuple[object, ...], anew: tuple[object, ...]
+    jobs: Path, tmp_path: Path, where: tuple[object, ...], other: tuple[object, ...]
 ) -> None:
     events = [JobEventRecord(number=n, time=n, message=f"ö {n}") for n in (1, 2, 3)]
     ended = [save(jobs, n, state, *events) for n, state in enumerate(sorted(FINAL, key=str))]
     run("store", "backup", tmp_path / "backup", *where)
-    done = run("store", "recover", tmp_path / "backup", *anew)
+    done = run("store", "recover", tmp_path / "backup", *other)
     assert done.exit_code == 0, done.output
     records, lane = Records(tmp_path / "new-jobs"), Lane("jobs", 2, 8)
     assert records.acquire()
@@ -154,14 +154,18 @@ async def test_ended_jobs_come_back_with_their_events_and_without_their_work(
 
 @pytest.mark.parametrize("state", sorted(set(State) - FINAL, key=str))
 async def test_a_job_that_has_not_ended_is_there_as_failed_with_the_reason(
-    state: State, jobs: Path, tmp_path: Path, where: tuple[object, ...], anew: tuple[object, ...]
+    state: State,
+    jobs: Path,
+    tmp_path: Path,
+    where: tuple[object, ...],
+    other: tuple[object, ...],
 ) -> None:
     job = save(jobs, 1, state, JobEventRecord(number=5, time=1.0, message="begun"))
     with (jobs / job.id / "events.jsonl").open("ab") as file:
         file.write(b'{"number":6,"mess')  # a server writes, or was killed
     before = (jobs / job.id / "job.json").read_bytes()
     run("store", "backup", tmp_path / "backup", *where)
-    run("store", "recover", tmp_path / "backup", *anew)
+    run("store", "recover", tmp_path / "backup", *other)
     (there,) = Records(tmp_path / "new-jobs").load()
     assert there.error is not None
     assert (there.state, there.error.reason) == (State.FAILED, Reason.INTERRUPTED)
@@ -199,14 +203,14 @@ async def test_damaged_records_are_named_and_the_rest_is_backed_up(
 
 
 async def test_training_can_be_left_out_and_is_not_lost_by_mistake(
-    jobs: Path, tmp_path: Path, where: tuple[object, ...], anew: tuple[object, ...]
+    jobs: Path, tmp_path: Path, where: tuple[object, ...], other: tuple[object, ...]
 ) -> None:
     place = tmp_path / "backup"
     await upload(jobs)
     run("store", "backup", place, *where)
     mistyped = run("store", "backup", place, "--store", where[1], "--training-jobs-dir", "none")
     assert (mistyped.exit_code, mistyped.stderr[:22]) == (1, "error: BACKUP_FAILED: ")
-    done = run("store", "recover", place, *anew, "--no-training")
+    done = run("store", "recover", place, *other, "--no-training")
     assert "left out: 1 data files" in done.stdout
     assert not (tmp_path / "new-jobs").exists()
     shutil.rmtree(tmp_path / "new")
