@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,39 @@ def test_a_registration_that_dies_leaves_nothing_that_is_kept_for_ever(
         assert len(store.gc(0).digests) == 1
         assert not blobs(root)
         assert not rubbish(root)
+
+
+@pytest.mark.fault("registration-displaces")
+@pytest.mark.parametrize("before", ["absent", "damaged", "a file"])
+def test_bytes_that_another_registration_has_just_placed_stay_where_they_are(
+    store: Store, root: Path, url: str, sources: list[Path], before: str
+) -> None:
+    with Store(root, url) as other:
+        if before != "absent":
+            place = store.path(store.register("old", sources[0], BASE)[0].digest)
+            weights = place / "adapter_model.safetensors"
+            if before == "damaged":
+                weights.chmod(0o644)
+                weights.write_bytes(b"x")
+            else:
+                shutil.rmtree(place)
+                place.touch()
+        reached: list[str] = []
+        real = store._index.point
+
+        def point_after_another(*args: Any) -> Any:
+            other.register("other", sources[0], BASE)
+            reached.clear()
+            return real(*args)
+
+        store._index.point = point_after_another  # type: ignore[method-assign]
+        with faults.injected(reached.append):
+            record, _ = store.register("new", sources[0], BASE)
+    assert "store.publish.displace" not in reached
+    assert "store.index.commit" in reached
+    assert record.digest == store.get("other").digest
+    store.verify(record.digest)
+    assert not rubbish(root)
 
 
 def test_bytes_in_the_trash_that_something_names_are_taken_back(

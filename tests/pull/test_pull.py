@@ -75,6 +75,26 @@ def test_other_files_take_the_place_only_if_that_is_wanted(adapter: Path, tmp_pa
     assert len(list((tmp_path / "into").iterdir())) == 1
 
 
+def test_a_folder_that_cannot_be_replaced_is_still_there(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = AdapterAddress.parse(f"file://{adapter}")
+    held = pull(address, tmp_path / "into", "a").folder
+    (held / "mine.txt").write_text("mine")
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if target == held and not (self / "mine.txt").exists():
+            raise OSError(28, "No space left on device")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(PullFailed, match="No space left"):
+        pull(address, tmp_path / "into", "a", replace=True)
+    assert (held / "mine.txt").read_text() == "mine"
+    assert tree(tmp_path / "into") == sorted(["a", "a/mine.txt", *(f"a/{n}" for n in NAMES)])
+
+
 @pytest.mark.parametrize("fault", ["missing", "no folder", "empty", "link", "large", "pickle"])
 def test_what_is_no_plain_adapter_leaves_nothing(adapter: Path, tmp_path: Path, fault: str) -> None:
     weights = adapter / "adapter_model.safetensors"

@@ -54,5 +54,5 @@ def staged(
             raise Refusal(Reason.ADAPTER_INVALID, message, "digest")
         notes = approve(copy) if approve is not None else ()
         # Read here and not in the change of the index, which excludes all other changes.
-        keep = blobs.is_intact(spec.digest)
-        yield Staged(spec, partial(blobs.place, copy, spec.digest, keep=keep), notes)
+        damaged = blobs.damaged(spec.digest)
+        yield Staged(spec, partial(blobs.place, copy, spec.digest, damaged), notes)

@@ -170,7 +170,11 @@ def _take_place(fetched: Path, place: Path) -> None:
         old = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=place.parent))
         try:
             place.rename(old)
-            fetched.rename(place)
+            try:
+                fetched.rename(place)
+            except OSError:
+                old.rename(place)
+                raise
         finally:
             shutil.rmtree(old, ignore_errors=True)
     else:

@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeAlias
 
 from loraplex_model.base.durable import flush, flush_file, lock, make_directory
 from loraplex_model.base.faults import reach
@@ -41,6 +42,9 @@ _BLOBS = Path("blobs", "sha256")
 _PIECE = 1 << 20
 _NO_LIMIT = 1 << 62
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+
+Seen: TypeAlias = tuple[int, int, int]
+"""Which directory was in a blob's place: device, inode and time of change (nanoseconds)."""
 
 
 class Blobs:
@@ -85,23 +89,29 @@ class Blobs:
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
-    def is_intact(self, digest: str) -> bool:
-        """Whether there is a blob of this digest and its bytes are right; reads all of it."""
-        try:
-            self.verify(digest)
-        except Refusal:
-            return False
-        return True
+    def damaged(self, digest: str) -> Seen | None:
+        """Which directory is the blob of this digest, if its bytes are wrong; reads all of it.
 
-    def place(self, copy: Path, digest: str, *, keep: bool) -> bool:
+        None if the blob is right or if there is none.
+        """
+        seen = _seen(self._blobs / digest_hex(digest))
+        try:
+            if seen is not None:
+                self.verify(digest)
+        except Refusal:
+            return seen
+        return None
+
+    def place(self, copy: Path, digest: str, damaged: Seen | None) -> bool:
         """Makes a staged copy the blob of its digest; False if the blob that is there was kept.
 
-        `keep` says that the blob, if there is one, is intact. Must be called within a change of the
-        index, so that nobody else places or collects blobs meanwhile.
+        Only the directory that was `damaged` is replaced: any other has come since, by a
+        registration that checked it, and others may be reading it. Must be called within a change
+        of the index, so that nobody else places or collects blobs meanwhile.
         """
         place = self._blobs / digest_hex(digest)
         with disk_errors():
-            if keep and place.is_dir():
+            if place.is_dir() and (damaged is None or _seen(place) != damaged):
                 flush(self._blobs)  # the process that renamed it may not have flushed yet
                 return False
             if not self._take_place(copy, place):
@@ -109,9 +119,9 @@ class Blobs:
                 # it takes the blob's place. A crash between the two renames leaves no blob;
                 # registering the adapter again stores one.
                 reach("store.publish.displace")
-                damaged = self._session / uuid.uuid4().hex
-                _move_if_there(place, damaged)
-                _remove(damaged)
+                moved = self._session / uuid.uuid4().hex
+                _move_if_there(place, moved)
+                _remove(moved)
                 if not self._take_place(copy, place):
                     raise unavailable(f"{digest} cannot be added to the adapter store")
         return True
@@ -253,6 +263,14 @@ def is_complete(place: Path) -> bool:
         )
     except OSError:
         return False
+
+
+def _seen(place: Path) -> Seen | None:
+    try:
+        found = place.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def _remove(path: Path) -> None:
