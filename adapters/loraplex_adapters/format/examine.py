@@ -83,7 +83,8 @@ def examine(
     """Checks the adapter in `source` against `base` and reports everything that is wrong with it.
 
     The tensors' values are checked last, and only if nothing else is wrong. Without `read_weights`
-    they are not checked, the spec's digest stays empty, and its copies are not compared.
+    they are not checked, the spec's digest stays empty, and its copies are not compared. Raises
+    Refusal(STORE_UNAVAILABLE) if no file descriptor is free.
     """
     limits = limits or AdapterLimits()
     unreadable: list[Problem] = []
@@ -91,19 +92,19 @@ def examine(
         try:
             directory = stack.enter_context(opened(source))
         except Refusal as error:
-            return Report(None, tuple(error.problems))
+            return Report(None, tuple(_of_files(error)))
         config = header = None
         size = 0
         try:
             config = directory.read_config()
         except Refusal as error:
-            unreadable += error.problems
+            unreadable += _of_files(error)
         try:
             weights = stack.enter_context(directory.open_weights(limits.max_weights_bytes))
             size = weights.size
             header = read_header(weights.read, size)
         except Refusal as error:
-            unreadable += error.problems
+            unreadable += _of_files(error)
         report = examine_parsed(config, header, size, base, limits)
         if unreadable or report.spec is None or not read_weights:
             spec = None if unreadable else report.spec
@@ -119,10 +120,17 @@ def examine(
             if not findings:
                 spec, findings = settle(spec, weights.read, base, limits)
         except Refusal as error:
-            findings = list(error.problems)
+            findings = _of_files(error)
     if findings:
         return Report(None, tuple(grouped(findings, header.tensors)[:MAX_FINDINGS]))
     return Report(replace(spec, digest=digest.text()), ())
+
+
+def _of_files(refusal: Refusal) -> list[Problem]:
+    """The problems of an adapter's files. Raises `refusal` if it says nothing about the files."""
+    if refusal.reason is Reason.STORE_UNAVAILABLE:
+        raise refusal
+    return list(refusal.problems)
 
 
 def examine_parsed(

@@ -7,6 +7,7 @@ opened one after the other from the root. The file that is opened is therefore b
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ _INSTEAD = (
     "import a copy without links (cp -rL FROM TO, or hf download --local-dir DIR), or send the "
     "files with `loraplex adapters upload`"
 )
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Without O_NONBLOCK, opening a FIFO that was swapped in after the check would block.
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -79,14 +81,14 @@ class RegularFile(_Opened):
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fills `buffer` with the bytes from `offset`.
 
-        Raises Refusal(ADAPTER_INVALID) if the file is too short or unreadable.
+        Raises Refusal: ADAPTER_INVALID (too short, unreadable), STORE_UNAVAILABLE (no memory).
         """
         filled = 0
         while filled < len(buffer):
             try:
                 count = os.preadv(self.descriptor, [buffer[filled:]], offset + filled)
-            except OSError:
-                raise _unreadable(self.name) from None
+            except OSError as error:
+                raise _unreadable(self.name, error) from None
             if count == 0:
                 message = f"{self.name} became shorter while it was read"
                 raise Refusal(Reason.ADAPTER_INVALID, message, self.name)
@@ -121,7 +123,8 @@ class Directory(_Opened):
         """Opens the regular file `name`, which must be a trusted name.
 
         Raises Refusal: ADAPTER_INVALID (missing, not a regular file, unreadable),
-        ADAPTER_TOO_LARGE, and ADAPTER_UNSUPPORTED if the weights exist as a pickle only.
+        ADAPTER_TOO_LARGE, ADAPTER_UNSUPPORTED if the weights exist as a pickle only, and
+        STORE_UNAVAILABLE if no file descriptor is free.
         """
         try:
             # Checked before it is opened, because opening some devices has effects.
@@ -134,8 +137,8 @@ class Directory(_Opened):
                 descriptor = os.open(name, _FILE, dir_fd=self.descriptor)
         except FileNotFoundError:
             raise self._missing(name) from None
-        except OSError:
-            raise _unreadable(name) from None
+        except OSError as error:
+            raise _unreadable(name, error) from None
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -234,12 +237,12 @@ def refused(cause: Cause) -> Refusal:
 def open_directory(path: Path) -> Directory:
     """Opens a directory whose path the caller trusts; the last component must not be a link.
 
-    Raises Refusal(FIELD_INVALID, field "path").
+    Raises Refusal: FIELD_INVALID (field "path"), STORE_UNAVAILABLE (no descriptor is free).
     """
     try:
         return Directory(os.open(path, _DIRECTORY))
-    except (OSError, ValueError):
-        raise _no_directory() from None
+    except (OSError, ValueError) as error:
+        raise _no_directory(error) from None
 
 
 def opened(source: Path | Directory) -> AbstractContextManager[Directory]:
@@ -257,7 +260,7 @@ def opened(source: Path | Directory) -> AbstractContextManager[Directory]:
         try:
             root = open_root(path.parent.parent) if is_snapshot else _again(directory)
         except Refusal:
-            raise _no_directory() from None
+            raise _no_directory(None) from None
         return Directory(os.dup(directory.descriptor), (root, above))
 
 
@@ -278,9 +281,9 @@ def open_below(root: Path, relative: str) -> Directory:
     try:
         with _walk(top, parts) as folder:
             return Directory(os.dup(folder.descriptor), (top, tuple(parts)))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
         top.close()
-        raise _no_directory() from None
+        raise _no_directory(error) from None
 
 
 def open_root(root: Path) -> Directory:
@@ -306,7 +309,9 @@ def _again(directory: Directory) -> Directory:
     return Directory(os.dup(directory.descriptor))
 
 
-def _no_directory() -> Refusal:
+def _no_directory(error: Exception | None) -> Refusal:
+    if _is_shortage(error):
+        return _shortage("a directory")
     message = "there is no such directory, or its path contains a link"
     return Refusal(Reason.FIELD_INVALID, message, "path")
 
@@ -320,5 +325,17 @@ def _link(name: str, problem: str) -> Refusal:
     return Refusal(Reason.ADAPTER_INVALID, message, name)
 
 
-def _unreadable(name: str) -> Refusal:
+def _unreadable(name: str, error: OSError) -> Refusal:
+    if _is_shortage(error):
+        return _shortage(name)
     return Refusal(Reason.ADAPTER_INVALID, f"{name} cannot be read", name)
+
+
+def _is_shortage(error: Exception | None) -> bool:
+    """Whether this process lacks something at the moment, which says nothing about the file."""
+    return isinstance(error, OSError) and error.errno in _SHORTAGES
+
+
+def _shortage(what: str) -> Refusal:
+    message = f"{what} cannot be opened now: the process has no free file descriptors or memory"
+    return Refusal(Reason.STORE_UNAVAILABLE, message)

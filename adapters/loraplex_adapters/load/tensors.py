@@ -35,8 +35,8 @@ def load(
     memory: nothing can change between check and use, and no mapped file can be truncated. The
     values are not checked again, since the digest is that of the registered content, except that
     copies of the base's own weights are compared with them.
-    Raises Refusal: ADAPTER_CORRUPT (missing, or its digest is not `digest`), and as
-    `examine_parsed` finds.
+    Raises Refusal: ADAPTER_CORRUPT (missing, or its digest is not `digest`), STORE_UNAVAILABLE (no
+    file descriptor is free), and as `examine_parsed` finds.
     """
     limits = limits or AdapterLimits()
     config, weights = _read_verified(directory, digest, limits.max_weights_bytes)
@@ -60,6 +60,8 @@ def _read_verified(directory: Path, digest: str, max_bytes: int) -> tuple[bytes,
                 weights = mapping.zeros(file.size).numpy()
                 file.read_into(weights.data, 0)
     except Refusal as error:
+        if error.reason is Reason.STORE_UNAVAILABLE:  # nothing is known about the files
+            raise
         message = f"the stored adapter cannot be read: {error.message}"
         raise Refusal(Reason.ADAPTER_CORRUPT, message, digest) from None
     actual = AdapterDigest(config, len(weights))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sqlalchemy as sa
-from loraplex_model.base.refusal import Refusal
+from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.store.files.blobs import blob_at, is_complete
 from loraplex_adapters.store.index import lookup, schema
@@ -34,10 +34,15 @@ class Verified:
 
     @classmethod
     def by(cls, check: Callable[[str], None], digest: str, versions: tuple[str, ...]) -> Verified:
-        """The outcome of `check`, which raises Refusal for a damaged blob."""
+        """The outcome of `check`, which raises Refusal for a damaged blob.
+
+        Raises Refusal(STORE_UNAVAILABLE) if that is what `check` raises: the blob was not read.
+        """
         try:
             check(digest)
         except Refusal as error:
+            if error.reason is Reason.STORE_UNAVAILABLE:
+                raise
             return cls(digest, versions, error)
         return cls(digest, versions, None)
 

@@ -92,13 +92,15 @@ class Blobs:
     def damaged(self, digest: str) -> Seen | None:
         """Which directory is the blob of this digest, if its bytes are wrong; reads all of it.
 
-        None if the blob is right or if there is none.
+        None if the blob is right or if there is none. Raises Refusal(STORE_UNAVAILABLE).
         """
         seen = _seen(self._blobs / digest_hex(digest))
         try:
             if seen is not None:
                 self.verify(digest)
-        except Refusal:
+        except Refusal as error:
+            if error.reason is Reason.STORE_UNAVAILABLE:
+                raise
             return seen
         return None
 
@@ -176,7 +178,10 @@ class Blobs:
             raise _corrupt(digest, "its files are missing") from None
 
     def verify(self, digest: str) -> None:
-        """Reads the blob and compares its digest; raises Refusal: ADAPTER_CORRUPT, as `path`."""
+        """Reads the blob and compares its digest.
+
+        Raises Refusal: ADAPTER_CORRUPT, STORE_UNAVAILABLE (no file descriptor is free), as `path`.
+        """
         place = self.path(digest)
         try:
             with open_directory(place) as directory:
@@ -186,6 +191,8 @@ class Blobs:
                     for piece in _pieces(file):
                         actual.update(piece)
         except Refusal as error:
+            if error.reason is Reason.STORE_UNAVAILABLE:  # nothing is known about the files
+                raise
             raise _corrupt(digest, error.message) from None
         if actual.text() != digest:
             raise _corrupt(digest, "its content has changed")
