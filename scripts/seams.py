@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
 """Runs the tests of every known fault and counts the faults that stay fixed: make test-seams
 
-    python scripts/seams.py [PYTEST ARGUMENTS]
+    python scripts/seams.py [--ran REPORT] [PYTEST ARGUMENTS]
 
-The faults are the rows of docs/faults.md; their tests carry the marker `fault`. A fault counts as
-fixed if it has a test that ran, and none that failed. The tests of power cuts are then run again
+REPORT is the JUnit report of a run of all tests but the slow ones, as `make test` makes one with
+PYTEST_ADDOPTS=--junitxml=REPORT; then only the slow ones are run here. The faults are the rows of
+docs/faults.md; their tests carry the marker `fault`. A fault counts as fixed if it has a test that
+ran, and none that failed. The tests of power cuts are then run again
 with fsync replaced by nothing, where each of them has to fail. The last line of output is one JSON
 object. Exit code 1 if a fault is not fixed, or if no test fails without fsync.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -61,7 +64,14 @@ def is_fixed(results: Sequence[str]) -> bool:
 
 def main() -> int:
     """The command line; returns the exit code."""
-    results = run(["--slow", "-m", "fault", *sys.argv[1:]])
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--ran", type=Path, metavar="REPORT")
+    options, arguments = parser.parse_known_args()
+    marked = "fault" if options.ran is None else "fault and slow"
+    results = run(["--slow", "-m", marked, *arguments])
+    if options.ran is not None:
+        for fault, found in outcomes(options.ran).items():
+            results[fault] += found
     faults = known_faults()
     open_faults = [fault for fault in faults if not is_fixed(results[fault])]
     unsynced = run(["--fault", "power-cut", "--without-fsync"])["power-cut"].count("failed")

@@ -9,13 +9,10 @@ from typing import Any
 
 from gateway.harness import Web, gateway
 from openai import AsyncOpenAI
-from rpc.harness import EOS, VOCAB, make_tokenizer
+from rpc.harness import EOS, HARMLESS, VOCAB, make_tokenizer
 
 MARK = VOCAB - 1
 """The token after which the model says its text; the template ends with it."""
-
-HARMLESS = {"crash_token": -1, "nonfinite_token": -1, "fault_token": -1}
-"""Without the tokens that make the oracle misbehave, which are letters of texts."""
 
 TEMPLATE = """{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>
 <tool_call>{"name": ..., "arguments": ...}</tool_call>{% endif %}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from gateway.harness import BASE, Web, gateway
-from gateway.scripted import HARMLESS
+from rpc.harness import HARMLESS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

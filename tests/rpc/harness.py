@@ -30,6 +30,9 @@ EOS = 1
 CRASH, NONFINITE, FAULT, SCRIPT = 10, 11, 12, 13
 """Token ids that make the oracle misbehave, or say what `script` was given."""
 
+HARMLESS = {"crash_token": -1, "nonfinite_token": -1, "fault_token": -1}
+"""Engine options without tokens that make the oracle misbehave, where any token may be drawn."""
+
 
 def make_tokenizer() -> Tokenizer:
     """A byte-level BPE tokenizer of `VOCAB` tokens, some of several characters, some half ones."""

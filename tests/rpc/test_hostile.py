@@ -24,7 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2_grpc
 from loraplex_server.rpc.calls import accepting
 from rpc import training_jobs
-from rpc.harness import ask, expected, series, write_adapter
+from rpc.harness import HARMLESS, ask, expected, series, write_adapter
 from server.test_process import Process, children, serving
 
 pytestmark = pytest.mark.fault("hostile-messages")
@@ -32,8 +32,6 @@ pytestmark = pytest.mark.fault("hostile-messages")
 CLIENT = Path(__file__).with_name("hostile_client.py")
 GROWTH = 256 << 20
 """Bytes that the server and its engine may take more than before."""
-BEHAVES = {"crash_token": -1, "nonfinite_token": -1, "fault_token": -1}
-"""The oracle has no tokens that make it fail."""
 FAULTS = ("Traceback", "internal error", "a handler failed", "never retrieved", "ENGINE_FAULT")
 
 
@@ -98,7 +96,7 @@ def test_whatever_is_sent_the_server_goes_on(
     print(f"seed {seed}")
     for name in ("kept", "fuzzed"):
         write_adapter(tmp_path / "import" / f"{name}-0", seed=len(name))
-    settings = training_jobs.settings(tmp_path, engine_options=BEHAVES)
+    settings = training_jobs.settings(tmp_path, engine_options=HARMLESS)
     with serving(tmp_path, **settings) as up, grpc.insecure_channel(up.grpc) as channel:
         generation = generation_pb2_grpc.GenerationServiceStub(channel)
         adapters = adapter_pb2_grpc.AdapterServiceStub(channel)

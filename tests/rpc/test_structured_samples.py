@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import pytest_asyncio
 from loraplex.v1 import generation_pb2
-from rpc.harness import EOS, Running, ask, rest, running, streamed
+from rpc.harness import EOS, HARMLESS, Running, ask, rest, running, streamed
 from rpc.test_structured import SCHEMA, schema
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -19,8 +19,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 STOP = generation_pb2.FINISH_REASON_STOP
 LENGTH = generation_pb2.FINISH_REASON_LENGTH
 
-HARMLESS = {"crash_token": -1, "nonfinite_token": -1, "fault_token": -1, "num_blocks": 512}
-"""Without the tokens that make the oracle misbehave, which are letters of texts."""
+OPTIONS = {**HARMLESS, "num_blocks": 512}
 
 N = 4
 LETTERS = {"regex": "[a-c]{2,40}"}
@@ -28,7 +27,7 @@ LETTERS = {"regex": "[a-c]{2,40}"}
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def up(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
-    async with running(tmp_path_factory.mktemp("samples"), engine_options=HARMLESS) as server:
+    async with running(tmp_path_factory.mktemp("samples"), engine_options=OPTIONS) as server:
         await server.register("alpha", 1)
         yield server
 

@@ -29,7 +29,7 @@ from loraplex.v1 import (
     generation_pb2_grpc,
     training_pb2,
 )
-from rpc.harness import WIDTH, ask, write_adapter
+from rpc.harness import HARMLESS, WIDTH, ask, write_adapter
 from rpc.raw_http2 import DEFAULT_WINDOW, raw_connection
 from safetensors.numpy import save_file
 from server.test_process import TESTS, write_config
@@ -47,7 +47,7 @@ HEAD_START_SECONDS = 10.0
 ROUNDS = 4
 """Calls of each kind that the bystander makes during an overload."""
 
-LARGE_VOCABULARY = {"vocab_size": 49_152}
+LARGE_VOCABULARY = {"vocab_size": 49_152, **HARMLESS}
 ENGINE = {
     "num_blocks": 8192,
     "max_context": 16_384,
@@ -131,6 +131,9 @@ async def beset(folder: Path, **engine: Any) -> AsyncIterator[Beset]:
         process.kill()
         await process.wait()
         log.close()
+        for line in (folder / "log").read_text(errors="replace").splitlines():
+            if " INFO " not in line:  # pytest shows it if the test fails
+                print(line[:1000])
 
 
 async def observe(up: Beset, generations: int) -> None:
