@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(not anonymous_bytes(), reason="this system repor
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(960)  # 100 s on idle cores
 @pytest.mark.fault("churn-grows-memory")
 @pytest.mark.fault("memory-measured-idle")
 def test_adapters_that_come_and_go_leave_no_memory_behind(tmp_path: Path) -> None:
@@ -37,7 +38,7 @@ def test_adapters_that_come_and_go_leave_no_memory_behind(tmp_path: Path) -> Non
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     print(done.stdout)
