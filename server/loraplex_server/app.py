@@ -16,6 +16,7 @@ from importlib.metadata import version
 from typing import Any, Final
 
 from loraplex_adapters.store import Store
+from loraplex_model.base.process.descriptors import raise_descriptor_limit
 from loraplex_model.ops import build
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
@@ -27,7 +28,6 @@ from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.group.group import members
 from loraplex_server.engine.messages import Hello, ModelInfo
 from loraplex_server.engine.process.child import SpawnedEngine
-from loraplex_server.engine.process.descriptors import raise_descriptor_limit
 from loraplex_server.engine.process.identity import BaseChanged
 from loraplex_server.exits import ServerExit
 from loraplex_server.metrics import Metrics

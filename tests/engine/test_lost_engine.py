@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from engine.oracle import OracleRunner, command, continuation
 from engine.test_process import Observer, ask, drain
+from loraplex_model.base.process.descriptors import MOST, raise_descriptor_limit
 from loraplex_model.base.refusal import Refusal
 from loraplex_server.engine.messages import AdapterRef, Hello, SamplingParams
 from loraplex_server.engine.process.client import EngineClient
-from loraplex_server.engine.process.descriptors import MOST, raise_descriptor_limit
 from loraplex_server.engine.process.identity import BaseChanged, differences
 from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.engine.process.supervisor import EngineLost

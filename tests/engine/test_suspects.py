@@ -24,8 +24,8 @@ from loraplex_server.engine.messages import (
     Unload,
 )
 from loraplex_server.engine.process.handling import FAR_SECONDS, MAX_FAILURES, Handler, within_reach
+from loraplex_server.engine.process.inbox import MAX_WAIT
 from loraplex_server.engine.process.limits import RestartPolicy, SupervisionLimits
-from loraplex_server.engine.process.main import MAX_WAIT
 from loraplex_server.engine.process.pulse import Hang, PulseCheck
 from loraplex_server.engine.process.suspects import Suspects
 

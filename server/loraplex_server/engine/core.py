@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from loraplex_model.base.refusal import Reason
 
@@ -79,11 +80,14 @@ class EngineCore:
         loader: Loader | None = None,
         attempts: Announcements | None = None,
         structures: Structures | None = None,
+        meanwhile: AbstractContextManager[object] | None = None,
     ) -> None:
         """`clock` gives the seconds in which deadlines are; `loader` defaults to threads.
 
         `attempts` announces work on adapters that the process may not survive. `structures` makes
-        the constraints of structured output, by default with the runner's tokenizer.
+        the constraints of structured output, by default with the runner's tokenizer. `meanwhile`
+        is entered while the runner computes a pass; another thread may then call `add` and
+        `take_refusals`.
         """
         self._runner = runner
         self._limits = limits or EngineLimits()
@@ -97,7 +101,7 @@ class EngineCore:
         self._structures = structures or Structures(runner.info)
         turns, masks = self._scheduler.turns, Masks(self._structures)
         self._answers = Answers(choices, masks, turns, clock, self._finish, self._fault)
-        self._passes = self._choose_passes(runner)
+        self._passes = self._choose_passes(runner, meanwhile or nullcontext())
         settle_slot = self._passes.settle_slot
         self.adapters = Adapters(
             runner,
@@ -116,12 +120,14 @@ class EngineCore:
         self._woken = False
         self._checked_at = self._looked_at = clock()
 
-    def _choose_passes(self, runner: ModelRunner) -> Passes:
+    def _choose_passes(
+        self, runner: ModelRunner, meanwhile: AbstractContextManager[object]
+    ) -> Passes:
         """One pass ahead if the runner can; else one after the other."""
         parts = self._scheduler, self._answers, self._tally, self._fault
         if works_ahead(runner):
             return OneAhead(runner, *parts, self._clock)
-        return LockStep(runner, *parts)
+        return LockStep(runner, *parts, meanwhile)
 
     # commands
 
@@ -154,17 +160,21 @@ class EngineCore:
         if submit.adapters:
             there = self.adapters.slots.residents
             request.awaits_load = any(ref.digest not in there for ref in submit.adapters)
-            self.adapters.want(request)
+            # It would wait no less if its adapters were there.
+            if not self._scheduler.queue or self._is_accepted(request, now):
+                self._scheduler.set_aside(request)
+                self.adapters.want(request)
         else:
-            self._scheduler.enqueue(request)
-            self._refuse_hopeless(request, now)
+            self._is_accepted(request, now)
 
-    def _refuse_hopeless(self, request: Request, now: float) -> None:
-        """Ends a request just queued whose wait would be too long, by measured rates."""
+    def _is_accepted(self, request: Request, now: float) -> bool:
+        """Queues a request; ends it, and returns False, if its wait would be too long."""
         scheduler, most = self._scheduler, self._limits.max_queue_seconds
+        scheduler.enqueue(request)
         failure = self._forecast.refusal(request, now, scheduler.places, most)
         if failure is not None:
             self._end(request, failure)
+        return failure is None
 
     def reject(self, request_id: int) -> None:
         """Fails a request whose `add` raised an exception, however far it came."""
@@ -287,10 +297,11 @@ class EngineCore:
         settled = self.adapters.settle()
         self._woken |= settled.more
         for request in settled.granted:
-            self._scheduler.enqueue(request)
             if request.queue_seconds is None:
                 request.load_seconds = now - request.arrived if request.awaits_load else 0.0
-                self._refuse_hopeless(request, now)
+                self._is_accepted(request, now)
+            else:
+                self._scheduler.enqueue(request)
         for digest in settled.blocking:
             self._set_back(digest, now)
         for request, failure in settled.refused:

@@ -88,6 +88,12 @@ class Scheduler:
         request.state = RequestState.QUEUED
         self.queue.join(request)
 
+    def set_aside(self, request: Request) -> None:
+        """Lets a request wait for its adapters, if it was queued, as if it had not been."""
+        if request.state is RequestState.QUEUED:
+            self.queue.drop(request)
+            request.state = RequestState.FETCHING
+
     def remove(self, request: Request) -> None:
         """Removes a queued or running request and frees its blocks. No effect on others."""
         if request.state is RequestState.QUEUED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
 import numpy as np
@@ -45,12 +46,15 @@ class LockStep:
         answers: Answers,
         tally: PassTally,
         on_fault: OnFault,
+        meanwhile: AbstractContextManager[object],
     ) -> None:
+        """`meanwhile` is entered while the runner computes: nothing here is used then."""
         self._runner = runner
         self._scheduler = scheduler
         self._answers = answers
         self._tally = tally
         self._on_fault = on_fault
+        self._meanwhile = meanwhile
 
     def run(self, now: float) -> ReadPass:
         """Computes and answers one pass. If it fails, its requests end."""
@@ -72,7 +76,9 @@ class LockStep:
         """Logits, and the states of the rows that want some."""
         self._answers.refill_masks()
         if not len(batch.state_rows):
-            return np.asarray(self._runner.forward(batch)), _NO_STATES
+            with self._meanwhile:
+                return np.asarray(self._runner.forward(batch)), _NO_STATES
         width = self._runner.info.base.config.hidden_size
         states = np.empty((len(batch.state_rows), width), np.float32)
-        return np.asarray(self._runner.forward(batch, states)), states
+        with self._meanwhile:
+            return np.asarray(self._runner.forward(batch, states)), states

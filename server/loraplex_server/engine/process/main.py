@@ -12,7 +12,6 @@ import gc
 import importlib
 import logging
 import os
-import queue
 import signal
 import socket
 import sys
@@ -21,15 +20,22 @@ from collections.abc import Callable
 from typing import cast
 
 from loraplex_model.base.process.core_dumps import forbid_core_dumps
+from loraplex_model.base.process.descriptors import raise_descriptor_limit
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.engine.adapters.attempts import Announcements
 from loraplex_server.engine.adapters.loader import ThreadLoader
 from loraplex_server.engine.core import EngineCore
-from loraplex_server.engine.messages import Fatal, FromEngine, Hello, Shutdown, ToEngine
+from loraplex_server.engine.messages import (
+    Fatal,
+    FromEngine,
+    Hello,
+    Shutdown,
+    Submit,
+)
 from loraplex_server.engine.process import wire
-from loraplex_server.engine.process.descriptors import raise_descriptor_limit
 from loraplex_server.engine.process.handling import Handler
+from loraplex_server.engine.process.inbox import Inbox
 from loraplex_server.engine.process.pulse import Pulse
 from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
@@ -47,12 +53,6 @@ SWITCH_SECONDS = 5e-4
 
 The default, 5 ms, could occur several times in a step.
 """
-
-MAX_WAIT = 3600.0
-"""Longest wait of the main loop in seconds; `queue` accepts no time of arbitrary length."""
-
-Inbox = queue.SimpleQueue[ToEngine | None]
-"""Messages from the front; None only wakes the loop after a loader task."""
 
 
 def main() -> int:
@@ -76,13 +76,13 @@ def main() -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     front = socket.socket(fileno=int(os.environ[wire.SOCKET_VARIABLE]))
     outbox = Outbox(front)
-    inbox: Inbox = queue.SimpleQueue()
+    inbox = Inbox()
     _start_thread("front", _receive, front, inbox)
     try:
         runner = _build(setup.runner)
         attempts = Announcements(outbox.send)
-        loader = ThreadLoader(runner, wake=lambda: inbox.put(None), attempts=attempts)
-        core = EngineCore(runner, setup.limits, loader=loader, attempts=attempts)
+        loader = ThreadLoader(runner, wake=inbox.wake, attempts=attempts)
+        core = EngineCore(runner, setup.limits, loader=loader, attempts=attempts, meanwhile=inbox)
     except (Exception, DeviceLost) as error:
         if not isinstance(error, Refusal):  # the front reports refusals to the operator
             log.exception("the engine cannot start")
@@ -126,11 +126,19 @@ class Outbox:
 def serve(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) -> int:
     """The main loop: receive, step, send; waits while there is nothing to do."""
     handler = Handler(core)
+
+    def add(message: Submit) -> None:
+        handler.handle(message)
+        refused = core.take_refusals()
+        if refused is not None:
+            outbox.send(refused)
+
+    inbox.open_to(add)
     while True:
         pulse.turns += 1
         wait = core.wait_seconds()
         pulse.waiting = wait != 0.0
-        messages = _take(inbox, wait)
+        messages = inbox.take(wait)
         pulse.waiting = False
         for message in messages:
             if isinstance(message, Shutdown):
@@ -149,19 +157,6 @@ def serve(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) -> int:
             return EXIT_BROKEN
         if core.idle:
             core.check()
-
-
-def _take(inbox: Inbox, wait: float | None) -> list[ToEngine]:
-    """Empties the inbox, waiting up to `wait` seconds (None: without end) for a first message."""
-    messages: list[ToEngine | None] = []
-    if wait != 0.0:
-        try:
-            messages.append(inbox.get(timeout=None if wait is None else min(wait, MAX_WAIT)))
-        except queue.Empty:
-            return []
-    for _ in range(inbox.qsize()):
-        messages.append(inbox.get_nowait())
-    return [message for message in messages if message is not None]
 
 
 def _receive(front: socket.socket, inbox: Inbox) -> None:
