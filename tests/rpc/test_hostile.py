@@ -40,9 +40,9 @@ def attack(up: Process, kind: str, seconds: float, seed: int) -> subprocess.Pope
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def memory(up: Process) -> int:
-    pids = [up.process.pid, *children(up.process.pid)]
-    return sum(psutil.Process(pid).memory_info().rss for pid in pids)
+def memory(engines: list[int], up: Process) -> int:
+    """Resident bytes of the server and its engine."""
+    return sum(psutil.Process(pid).memory_info().rss for pid in (up.process.pid, *engines))
 
 
 def check_health(channel: grpc.Channel) -> float:
@@ -106,7 +106,8 @@ def test_whatever_is_sent_the_server_goes_on(
             )
         before = [generation.Generate(ask(adapter=name)) for name in ("", "kept")]
         idle = median(check_health(channel) for _ in range(10))
-        engines, used = children(up.process.pid), memory(up)
+        engines = children(up.process.pid)
+        used = memory(engines, up)
         clients = [attack(up, kind, seconds, seed) for kind in kinds]
         took = watch_health(channel, clients)
         reports = [json.loads(client.communicate()[0].splitlines()[-1]) for client in clients]
@@ -118,8 +119,9 @@ def test_whatever_is_sent_the_server_goes_on(
         assert median(took) < 0.1 + 10 * idle, sorted(took)  # what else the machine does included
         assert max(took) < 8.0, sorted(took)
         assert not {"INTERNAL", "UNKNOWN"} & {code.split()[0] for code in codes}, codes
-        assert children(up.process.pid) == engines
-        assert memory(up) - used < GROWTH
+        # Processes that are started when they are needed, such as that for forms, may be new.
+        assert set(engines) <= set(children(up.process.pid)), "the engine was replaced"
+        assert memory(engines, up) - used < GROWTH
         after = [generation.Generate(ask(adapter=name)) for name in ("", "kept")]
         assert [list(reply.token_ids) for reply in after] == [list(r.token_ids) for r in before]
         assert list(after[0].token_ids) == expected([20, 21, 22], 8)
