@@ -86,8 +86,8 @@ class EngineCore:
 
         `attempts` announces work on adapters that the process may not survive. `structures` makes
         the constraints of structured output, by default with the runner's tokenizer. `meanwhile`
-        is entered while the runner computes a pass; another thread may then call `add` and
-        `take_refusals`.
+        is entered while a runner without `launch` computes a pass; another thread may then call
+        `add` and `take_refusals`.
         """
         self._runner = runner
         self._limits = limits or EngineLimits()
@@ -160,15 +160,15 @@ class EngineCore:
         if submit.adapters:
             there = self.adapters.slots.residents
             request.awaits_load = any(ref.digest not in there for ref in submit.adapters)
-            # It would wait no less if its adapters were there.
-            if not self._scheduler.queue or self._is_accepted(request, now):
+            # Its wait is no shorter than it would be with its adapters on the device.
+            if not self._scheduler.queue or self._enqueue(request, now):
                 self._scheduler.set_aside(request)
                 self.adapters.want(request)
         else:
-            self._is_accepted(request, now)
+            self._enqueue(request, now)
 
-    def _is_accepted(self, request: Request, now: float) -> bool:
-        """Queues a request; ends it, and returns False, if its wait would be too long."""
+    def _enqueue(self, request: Request, now: float) -> bool:
+        """Queues a request or, if its wait would be too long, refuses it and returns False."""
         scheduler, most = self._scheduler, self._limits.max_queue_seconds
         scheduler.enqueue(request)
         failure = self._forecast.refusal(request, now, scheduler.places, most)
@@ -299,7 +299,7 @@ class EngineCore:
         for request in settled.granted:
             if request.queue_seconds is None:
                 request.load_seconds = now - request.arrived if request.awaits_load else 0.0
-                self._is_accepted(request, now)
+                self._enqueue(request, now)
             else:
                 self._scheduler.enqueue(request)
         for digest in settled.blocking:
