@@ -147,6 +147,8 @@ async def phases(
         "itl_p99_over_median": percentile(steady.gaps_s, 99) / median,
         "rss_slope_mb_per_min": memory.slope_mb_per_min,
         "goodput_at_2x": ladder.goodput(2.0) / capacity,
+        "refusal_p50_ms": 1e3 * percentile(ladder.rungs[2.0].refusals_s, 50),
+        "refusal_p90_ms": 1e3 * percentile(ladder.rungs[2.0].refusals_s, 90),
         "refusal_p99_ms": 1e3 * percentile(ladder.rungs[2.0].refusals_s, 99),
         "goodput": {f"{rung:g}x": ladder.goodput(rung) / capacity for rung in RUNGS},
         "recovery_s": ladder.recovery_s,
