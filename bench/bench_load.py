@@ -13,7 +13,7 @@ Every prompt is different, and answers have different lengths. The last line of 
 object: failed requests (of the ladder, those that were neither refused nor late), the 99th
 percentile of gaps between tokens over their median and the slope of the memory of the server's
 processes, both in the steady phase; tokens of complete answers at each rung over the capacity,
-the 99th percentile of the time until a refusal at twice the capacity, and the seconds after the
+percentiles of the time until a refusal at twice the capacity, and the seconds after the
 surge until first tokens came as soon as at half the capacity before it.
 """
 
