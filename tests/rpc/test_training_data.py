@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import stat
@@ -172,6 +173,30 @@ async def test_files_are_listed_newest_first_page_by_page(trains: Training) -> N
     assert (await listed(trains.stub, page_token=reply.next_page_token))[0] == made[0]
     seen = await refused(listed(trains.stub, page_size=1001, page_token="!"))
     assert fields(seen) == {"page_size", "page_token"}
+
+
+@pytest.mark.fault("shortage-taken-for-damage")
+async def test_a_shortage_of_descriptors_is_no_damage_of_a_file(
+    trains: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = await upload(trains.stub, b"{}\n")
+    path, real = files_of(trains) / file.data_id / "data", os.open
+
+    def fails(name: Any, *args: Any, **options: Any) -> int:
+        if name == path:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(name, *args, **options)
+
+    async def read() -> bytes:
+        call = trains.stub.ReadData(pb.ReadDataRequest(data_id=file.data_id))
+        return b"".join([message.chunk async for message in call])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fails)
+        seen = await refused(read())
+    assert (seen.code, seen.reason) == (grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE")
+    assert await read() == b"{}\n"
+    await trains.stub.DeleteData(pb.DeleteDataRequest(data_id=file.data_id))
 
 
 @pytest.mark.parametrize("damage", ["other bytes", "shorter", "longer", "gone", "a link"])

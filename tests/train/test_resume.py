@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from loraplex_model.base import faults
@@ -218,6 +219,27 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(
     assert [e.step for e in seen.of(StepDone)] == [3, 4]
     assert newest not in checkpoints(stopped.out), "it takes no sound one's place"
     flip(checkpoints(stopped.out)[-1])
+    assert finish(stopped.out, inputs) == whole
+
+
+@pytest.mark.fault("shortage-taken-for-damage")
+def test_a_shortage_of_descriptors_is_no_damage_of_a_checkpoint(
+    stopped: RunSpec, inputs: RunInputs, whole: Bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, newest = checkpoints(stopped.out), checkpoints(stopped.out)[-1]
+    real = Path.read_text
+
+    def read_text(self: Path, *args: Any, **options: Any) -> str:
+        if self.parent == newest:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", read_text)
+        with pytest.raises(Refusal, match="cannot be read now") as caught:
+            Run.resume(stopped.out, inputs=inputs)
+    assert caught.value.reason == "CONFIG_INVALID"
+    assert checkpoints(stopped.out) == kept
     assert finish(stopped.out, inputs) == whole
 
 

@@ -7,7 +7,6 @@ opened one after the other from the root. The file that is opened is therefore b
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Self
 
+from loraplex_model.base.durable import is_shortage
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.format.foreign.folder import Cause, cause_of
@@ -34,7 +34,6 @@ _INSTEAD = (
     "import a copy without links (cp -rL FROM TO, or hf download --local-dir DIR), or send the "
     "files with `loraplex adapters upload`"
 )
-_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Without O_NONBLOCK, opening a FIFO that was swapped in after the check would block.
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -310,7 +309,7 @@ def _again(directory: Directory) -> Directory:
 
 
 def _no_directory(error: Exception | None) -> Refusal:
-    if _is_shortage(error):
+    if is_shortage(error):
         return _shortage("a directory")
     message = "there is no such directory, or its path contains a link"
     return Refusal(Reason.FIELD_INVALID, message, "path")
@@ -326,14 +325,9 @@ def _link(name: str, problem: str) -> Refusal:
 
 
 def _unreadable(name: str, error: OSError) -> Refusal:
-    if _is_shortage(error):
+    if is_shortage(error):
         return _shortage(name)
     return Refusal(Reason.ADAPTER_INVALID, f"{name} cannot be read", name)
-
-
-def _is_shortage(error: Exception | None) -> bool:
-    """Whether this process lacks something at the moment, which says nothing about the file."""
-    return isinstance(error, OSError) and error.errno in _SHORTAGES
 
 
 def _shortage(what: str) -> Refusal:

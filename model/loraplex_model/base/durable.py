@@ -21,6 +21,12 @@ def is_disk_full(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def is_shortage(error: BaseException | None) -> bool:
+    """Whether this process lacks descriptors or memory, which says nothing about a file."""
+    lacks = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    return isinstance(error, OSError) and error.errno in lacks
+
+
 def flush(path: Path) -> None:
     """Brings a file's bytes, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

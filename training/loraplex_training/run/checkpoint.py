@@ -25,7 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loraplex_model.base.durable import flush, is_disk_full, lock, make_directory, write_atomically
+from loraplex_model.base.durable import (
+    flush,
+    is_disk_full,
+    is_shortage,
+    lock,
+    make_directory,
+    write_atomically,
+)
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
@@ -132,7 +139,8 @@ class RunFolder:
     def newest(self) -> RunSnapshot | None:
         """Reads the newest undamaged checkpoint; returns None if there are no checkpoints yet.
 
-        Damaged ones are skipped and noted. Raises Refusal(CHECKPOINT_INVALID) if all are damaged.
+        Damaged ones are skipped and noted. Raises Refusal: CHECKPOINT_INVALID (all are damaged),
+        CONFIG_INVALID (no file descriptor or memory is free).
         """
         serials = self._serials()
         problems = []
@@ -141,6 +149,9 @@ class RunFolder:
             try:
                 snapshot = _read(place)
             except (OSError, ValueError, SafetensorError) as error:
+                if is_shortage(error):
+                    text = f"checkpoint {place} cannot be read now: {error}"
+                    raise Refusal(Reason.CONFIG_INVALID, text) from error
                 self._damaged.add(serial)
                 problems.append(f"checkpoint {place} is damaged: {error}")
                 continue

@@ -26,6 +26,7 @@ import msgspec
 from loraplex_model.base.durable import (
     flush,
     flush_file,
+    is_shortage,
     make_directory,
     read_regular,
     write_atomically,
@@ -95,7 +96,7 @@ class DataFolder:
 
     @contextmanager
     def opened(self, record: DataFileRecord) -> Iterator[IO[bytes]]:
-        """Opens a file's bytes. Raises Refusal: DATA_NOT_FOUND, DATA_CORRUPT."""
+        """Opens a file's bytes. Raises Refusal: DATA_NOT_FOUND, DATA_CORRUPT, STORE_UNAVAILABLE."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             descriptor = os.open(self._root / record.id / BYTES, flags)
@@ -103,6 +104,9 @@ class DataFolder:
             raise not_found(record.id) from None
         except OSError as error:
             log.error("data file %s cannot be opened: %s", record.id, error)
+            if is_shortage(error):
+                text = "the server has no free file descriptors or memory; try again"
+                raise Refusal(Reason.STORE_UNAVAILABLE, text) from error
             raise corrupt(record) from error
         with os.fdopen(descriptor, "rb") as file:
             yield file
