@@ -6,9 +6,9 @@
 REPORT is the JUnit report of a run of all tests but the slow ones, as `make test` makes one with
 PYTEST_ADDOPTS=--junitxml=REPORT; then only the slow ones are run here. The faults are the rows of
 docs/faults.md; their tests carry the marker `fault`. A fault counts as fixed if it has a test that
-ran, and none that failed. The tests of power cuts are then run again
-with fsync replaced by nothing, where each of them has to fail. The last line of output is one JSON
-object. Exit code 1 if a fault is not fixed, or if no test fails without fsync.
+ran, and none that failed. The tests of power cuts are then run again with fsync replaced by
+nothing, where each of them has to fail. The last line of output is one JSON object. Exit code 1 if
+a fault is not fixed, or if no test fails without fsync.
 """
 
 from __future__ import annotations

@@ -42,6 +42,28 @@ def lacking(code: int, what: str, blob: Path) -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_descriptor_that_cannot_be_doubled_is_no_missing_folder(
+    tmp_path: Path, fails_at: int
+) -> None:
+    (source,) = stores.adapters(tmp_path, 1)
+    calls, real = [], os.dup
+
+    def dup(descriptor: int) -> int:
+        calls.append(descriptor)
+        if len(calls) == fails_at:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(descriptor)
+
+    open_before = len(os.listdir("/proc/self/fd"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "dup", dup)
+        with pytest.raises(Refusal, match="no free file descriptors") as caught:
+            examine(source, BASE)
+    assert caught.value.reason == "STORE_UNAVAILABLE"
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 @pytest.mark.parametrize("what", ["", CONFIG_FILE, WEIGHTS_FILE])
 def test_a_shortage_of_descriptors_is_no_damage(

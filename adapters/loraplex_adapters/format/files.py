@@ -257,10 +257,14 @@ def opened(source: Path | Directory) -> AbstractContextManager[Directory]:
     above = path.parts[-2:] if is_snapshot else ()
     with open_directory(source) as directory:
         try:
-            root = open_root(path.parent.parent) if is_snapshot else _again(directory)
-        except Refusal:
-            raise _no_directory(None) from None
-        return Directory(os.dup(directory.descriptor), (root, above))
+            root = _root(path.parent.parent) if is_snapshot else _again(directory)
+            try:
+                return Directory(os.dup(directory.descriptor), (root, above))
+            except OSError:
+                root.close()
+                raise
+        except OSError as error:
+            raise _no_directory(error) from None
 
 
 def open_below(root: Path, relative: str) -> Directory:
@@ -288,7 +292,7 @@ def open_below(root: Path, relative: str) -> Directory:
 def open_root(root: Path) -> Directory:
     """Opens `root` itself, which may be a link. Raises Refusal(STORE_UNAVAILABLE)."""
     try:
-        return Directory(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        return _root(root)
     except OSError:
         message = "the server's import root cannot be opened"
         raise Refusal(Reason.STORE_UNAVAILABLE, message, "path") from None
@@ -304,11 +308,16 @@ def _walk(root: Directory, parts: Sequence[str]) -> Directory:
     return here
 
 
+def _root(root: Path) -> Directory:
+    """Opens a directory, or the one that a link leads to. Raises OSError."""
+    return Directory(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+
+
 def _again(directory: Directory) -> Directory:
     return Directory(os.dup(directory.descriptor))
 
 
-def _no_directory(error: Exception | None) -> Refusal:
+def _no_directory(error: Exception) -> Refusal:
     if is_shortage(error):
         return _shortage("a directory")
     message = "there is no such directory, or its path contains a link"
