@@ -384,6 +384,9 @@ class EngineMachine(RuleBasedStateMachine):
                 return asked.was_unloaded
             case "DEADLINE_EXCEEDED":
                 return asked.deadline is not None and asked.deadline <= self.engine.clock.now
+            case "DEADLINE_UNMEETABLE":
+                # Rates are known only if time passes during passes, which are launched ahead then.
+                return self.engine.is_ahead and asked.deadline is not None
             case "ADAPTER_TOO_LARGE":
                 return self.are_too_large(names)
             case "ADAPTER_NOT_MIXABLE":
