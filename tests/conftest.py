@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -56,7 +57,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Iterator[object]:
-    """Takes back what commands that run within a test do to the process: its log, its umask."""
+    """Runs each test as if it were the first: with the same seed of torch, log and umask.
+
+    Commands that run within a test set up the process's log and change its umask.
+    """
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)  # torch's own is another one in each process
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     umask = os.umask(0o077)

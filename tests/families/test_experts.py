@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 
 BASES = ("mixtral", "qwen3-moe")
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-TOKENS = tuple(int(t) for t in torch.randint(3, variants.VOCAB, (20,)).tolist())
+CHANCE = torch.Generator().manual_seed(1)
+TOKENS = tuple(torch.randint(3, variants.VOCAB, (20,), generator=CHANCE).tolist())
 CASES: dict[str, dict[str, Any]] = {
     "attention and experts": {
         "target_modules": ["q_proj", "o_proj"],
@@ -56,7 +57,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def written(variant: str, directory: Path, **options: Any) -> torch.Tensor:
-    """Saves PEFT's adapter with random weights; returns the logits of PEFT's model."""
+    """Saves PEFT's adapter with random weights; returns the logits of PEFT's model in float64."""
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -67,9 +68,11 @@ def written(variant: str, directory: Path, **options: Any) -> torch.Tensor:
             if "lora_" in name:
                 noise = torch.randn(parameter.shape, generator=random)
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-        logits: torch.Tensor = model(torch.tensor([TOKENS])).logits[0]
     model.save_pretrained(directory)
-    return logits
+    model.set_experts_implementation("eager")  # the others have no float64
+    with torch.no_grad():
+        logits: torch.Tensor = model.double()(torch.tensor([TOKENS])).logits[0]
+    return logits.float()
 
 
 def packed(directory: Path, weights: BaseWeights) -> PackedAdapter:
@@ -95,7 +98,7 @@ def test_logits_equal_pefts(variant: str, case: str, root: str, tmp_path: Path) 
         plain = decoder.forward(ForwardBatch.build(rows[1:], everything[: len(TOKENS)]))
         decoder.table.publish(0, adapter)
         logits = decoder.forward(ForwardBatch.build(rows, everything))
-        assert (logits[: len(TOKENS)] - expected).abs().max() < 3e-5
+        assert (logits[: len(TOKENS)] - expected).abs().max() < 2e-5
         assert (logits[: len(TOKENS)] - plain).abs().max() > 0.1
         assert torch.equal(logits[len(TOKENS) :], plain)
 
