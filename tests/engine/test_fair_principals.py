@@ -126,7 +126,8 @@ def test_a_forecast_counts_what_other_principals_have_waiting_before_and_no_more
     simulation.simulate([], until=3.0)
     core, queue = simulation.core, simulation.core._scheduler.queue
     ids = [simulation.arrive(Arrival(simulation.now, account="a", **of("light"))) for _ in range(6)]
-    first, last = (core._forecast._wait_seconds(core._requests[id], 0) for id in (ids[0], ids[-1]))
+    waits = (core._forecast._wait_seconds(core._requests[id]) for id in (ids[0], ids[-1]))
+    first, last = waits
     assert first == 0.0, "its principal has the smallest counter"
     behind_all = core._forecast._load([*queue]).cost / core._rates.work_rate
     assert 0 < last < 0.8 * behind_all

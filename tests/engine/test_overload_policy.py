@@ -39,6 +39,39 @@ def test_at_twice_the_capacity_the_goodput_is_the_capacity_and_refusals_are_at_o
     assert p95(refused) < 0.05
 
 
+def test_little_is_computed_in_vain_when_a_burst_comes_with_short_deadlines() -> None:
+    """Steps are short when it begins, and its first answers would take several times as long."""
+    chance = random.Random(1)
+    weights = [1 / (k + 1) for k in range(64)]
+    simulation = Simulation(Costs(0.003, 0.0012, 0.0006), **ROOMY)
+    arrivals, at = [], 0.0
+    for rate, end in ((2.3, 30), (4.6, 60), (23.0, 90)):  # half of the capacity, all, five times
+        while (at := at + chance.expovariate(rate)) < end:
+            (account,) = chance.choices(range(64), weights)
+            prompt, new = chance.randint(32, 256), chance.randint(16, 128)
+            arrivals.append(Arrival(at, f"a{account}", prompt, new, patience=8.0))
+    simulation.simulate(arrivals)
+    courses = [c for c in simulation.courses.values() if c.asked.at > 60]
+    vain = sum(len(c.tokens) for c in courses if c.outcome != "length")
+    assert vain < 0.2 * sum(len(c.tokens) for c in courses)
+    refused = [c for c in courses if c.outcome == "DEADLINE_UNMEETABLE"]
+    later = [c for c in refused if (c.ended or 0.0) - c.asked.at > 0.5]
+    assert len(refused) > 300
+    assert len(later) <= 0.03 * len(refused)
+
+
+def test_who_would_start_at_once_and_not_end_is_refused_if_others_wait() -> None:
+    simulation = Simulation(**ROOMY)
+    simulation.simulate(steadily(2 * CAPACITY, 8, account="heavy"), until=8)
+    assert simulation.core._scheduler.queue
+    outcomes = []
+    for patience in (0.2, 30.0):
+        id = simulation.arrive(Arrival(simulation.now, "light", patience=patience))
+        simulation.simulate([], until=simulation.now + 0.1)
+        outcomes.append(simulation.courses[id].outcome)
+    assert outcomes == ["DEADLINE_UNMEETABLE", None]
+
+
 def test_many_accounts_of_different_weight_are_refused_at_once_too() -> None:
     """The first ones get a small part of what they ask for: their waits depend on all others."""
     chance = random.Random(1)

@@ -96,7 +96,7 @@ class EngineCore:
         self._scheduler = Scheduler(self._pool, self._limits)
         self._tally = PassTally()
         self._rates = WorkRates()
-        self._forecast = Forecast(self._scheduler.queue, self._scheduler.costs, self._rates)
+        self._forecast = Forecast(self._scheduler, self._rates)
         choices = Choices(sampler_of(runner))
         self._structures = structures or Structures(runner.info)
         turns, masks = self._scheduler.turns, Masks(self._structures)
@@ -169,9 +169,8 @@ class EngineCore:
 
     def _enqueue(self, request: Request, now: float) -> bool:
         """Queues a request or, if its wait would be too long, refuses it and returns False."""
-        scheduler, most = self._scheduler, self._limits.max_queue_seconds
-        scheduler.enqueue(request)
-        failure = self._forecast.refusal(request, now, scheduler.places, most)
+        self._scheduler.enqueue(request)
+        failure = self._forecast.refusal(request, now)
         if failure is not None:
             self._end(request, failure)
         return failure is None

@@ -8,8 +8,11 @@ That of a principal with several accounts is found in the same way twice: among 
 principals.
 The wait is at least what the account's own queue takes at the pace at which it has been served,
 unless that is more than a few times what takes to compute all that waits.
-Nothing is refused while there is nothing to wait for, or before rates are known. So an idle server
-never refuses, however short a deadline is.
+The answer takes as many steps as it has tokens, with more rows than now if more requests start than
+end: while a burst begins, steps are still much shorter.
+
+Nothing is refused while no other request waits, or before rates are known. So an idle server never
+refuses, however short a deadline is.
 """
 
 from __future__ import annotations
@@ -24,12 +27,14 @@ from loraplex_server.engine.batching.step_costs import NEW_COST
 from loraplex_server.engine.messages import Failure
 
 if TYPE_CHECKING:
-    from loraplex_server.engine.batching.fair_queue import Account, FairQueue
+    from loraplex_server.engine.batching.fair_queue import Account
     from loraplex_server.engine.batching.request import Request
-    from loraplex_server.engine.batching.step_costs import StepCosts, WorkRates
+    from loraplex_server.engine.batching.scheduler import Scheduler
+    from loraplex_server.engine.batching.step_costs import WorkRates
 
-MARGIN = 1.15
-"""Time that a request must have when it is accepted, over that which it takes at measured rates."""
+MARGIN = 1.3
+"""Time that a request must have for itself if it has to wait, over that which it takes at measured
+rates. One that starts at once needs no more than that."""
 
 WAIT_MARGIN = 2.2
 """The same for its wait, which depends on others and is known less well. A queue that is shorter
@@ -40,7 +45,8 @@ MOST_BACKLOGS = 2.0
 is measured over a few seconds, in which an account may have had bad luck."""
 
 LATE_MARGIN = 1.05
-"""The same when it has waited. It is smaller, so that few are accepted and then not computed."""
+"""The same when it has waited, for its answer in steps as short as now: few are accepted and then
+not computed."""
 
 LATE = Failure(
     Reason.DEADLINE_UNMEETABLE,
@@ -69,27 +75,26 @@ class _Backlog:
 class Forecast:
     """Predictions for waiting requests, from the queue and the measured rates."""
 
-    def __init__(self, queue: FairQueue, costs: StepCosts, rates: WorkRates) -> None:
-        self._queue = queue
-        self._costs = costs
+    def __init__(self, scheduler: Scheduler, rates: WorkRates) -> None:
+        self._scheduler = scheduler
+        self._queue = scheduler.queue
+        self._costs = scheduler.costs
         self._rates = rates
 
-    def refusal(
-        self, request: Request, now: float, places: int, most_seconds: float
-    ) -> Failure | None:
-        """Why a request that was just queued is not accepted; None if it is.
-
-        `places` is the number of requests that may start at once; `most_seconds` is the longest
-        wait that is accepted, 0 for any.
-        """
-        wait = self._wait_seconds(request, places)
-        if wait <= 0.0:
+    def refusal(self, request: Request, now: float) -> Failure | None:
+        """Why a request that was just queued is not accepted; None if it is."""
+        if len(self._queue) <= 1 or not self._rates.work_rate:
             return None
+        wait = self._wait_seconds(request)
+        most_seconds = self._scheduler.limits.max_queue_seconds
         if most_seconds and wait > most_seconds:
             text = f"the wait would be about {wait:.0f} s, more than {most_seconds:g}"
             return Failure(Reason.OVERLOADED, f"{text}; try again later")
-        deadline, own = request.submit.deadline, self.own_seconds(request)
-        if deadline is None or now + WAIT_MARGIN * wait + MARGIN * own <= deadline:
+        deadline = request.submit.deadline
+        if deadline is None:
+            return None
+        own = self._own_seconds(request, self._step_seconds())
+        if now + WAIT_MARGIN * wait + (MARGIN if wait > 0.0 else 1.0) * own <= deadline:
             return None
         text = (
             f"the request would wait about {wait:.3f} s and take {own:.3f} s, "
@@ -99,19 +104,35 @@ class Forecast:
 
     def late(self, now: float) -> list[Request]:
         """Waiting requests, not begun, that cannot end before their deadlines any more."""
+        step = self._costs.step_seconds
         return [
             request
             for request in self._queue
             if request.submit.deadline is not None
             and request.queue_seconds is None
-            and now + LATE_MARGIN * self.own_seconds(request) > request.submit.deadline
+            and now + LATE_MARGIN * self._own_seconds(request, step) > request.submit.deadline
         ]
 
-    def own_seconds(self, request: Request) -> float:
+    def _own_seconds(self, request: Request, step_seconds: float) -> float:
         """Time from the start of a request to its end, if its answer is of usual length."""
         rate = self._rates.prompt_rate
         prompt = request.prompt_len / rate if rate else 0.0
-        return prompt + (self._new_tokens(request) - 1.0) * self._costs.step_seconds
+        return prompt + (self._new_tokens(request) - 1.0) * step_seconds
+
+    def _step_seconds(self) -> float:
+        """Duration of the steps to come, for a request that is queued now.
+
+        As many requests will run as start, at the present rate, during an answer. The mean of that
+        number and of the present one counts.
+        """
+        waiting, running = self._load(list(self._queue)), len(self._scheduler.running)
+        base, slope = self._costs.expected()
+        new = (waiting.cost - waiting.prompts) / NEW_COST
+        per_second = new * self._rates.prompt_rate / waiting.prompts  # tokens of starting answers
+        rows = min(self._scheduler.limits.max_running, running + waiting.count)
+        if slope * per_second < 1.0:  # rows = per_second * (base + slope * rows)
+            rows = min(rows, per_second * base / (1.0 - slope * per_second))
+        return base + slope * (running + max(rows, running)) / 2.0
 
     def _new_tokens(self, request: Request) -> float:
         return self._rates.new_tokens(request.submit.max_new_tokens)
@@ -119,8 +140,8 @@ class Forecast:
     def _cost(self, request: Request) -> float:
         return request.prompt_len + NEW_COST * self._new_tokens(request)
 
-    def _wait_seconds(self, request: Request, places: int) -> float:
-        """Time until a request starts, at measured rates; 0 if it is unknown or starts at once."""
+    def _wait_seconds(self, request: Request) -> float:
+        """Time until a request starts, at measured rates; 0 if it starts at once."""
         rates, own = self._rates, request.account
         assert own is not None, "the wait of a request without an account"
         ahead = self._load([each for each in own.queue if each.order < request.order])
@@ -130,10 +151,8 @@ class Forecast:
         if top.parts is not None:
             ahead = self._before(own, top.parts.waiting, ahead)
         ahead = self._before(top, self._queue.waiting, ahead)
-        if not rates.work_rate:
-            return 0.0
         wait = ahead.cost / rates.work_rate
-        if ahead.count <= places and rates.prompt_rate:
+        if ahead.count <= self._scheduler.places and rates.prompt_rate:
             wait = min(wait, ahead.prompts / rates.prompt_rate)
         if by_pace > wait:
             everything = self._load(list(self._queue)).cost / rates.work_rate

@@ -20,6 +20,9 @@ NEW_COST = 2
 FLOOR = 16
 """Prompt tokens that a step may always have."""
 
+STRETCH_STEPS = 64
+"""Steps over which the part of prompts in steps with decode rows is taken."""
+
 PROBE_EVERY = 48
 """Steps with decode rows and prompt tokens after which one has decode rows only."""
 
@@ -43,6 +46,7 @@ class StepCosts:
         self._ratio = ratio
         self._decode: dict[int, float] = {}
         self._mixed = 0
+        self._stretch = RecentRate(1, STRETCH_STEPS)
         self.token_seconds = 0.0
         self.step_seconds = 0.0
 
@@ -52,6 +56,7 @@ class StepCosts:
             return
         if decodes:
             self.step_seconds = _average(self.step_seconds, seconds)
+            self._stretch.note(seconds, self.decode_seconds(decodes))
         if not prompt_tokens:
             self._decode[decodes] = _average(self._decode.get(decodes, 0.0), seconds)
             return
@@ -75,6 +80,18 @@ class StepCosts:
                 return 0.0
             known = self._decode[min(self._decode, key=lambda each: abs(each - rows))]
         return known
+
+    def expected(self) -> tuple[float, float]:
+        """Duration of a step with the usual part of prompts: without decode rows, and more per row.
+
+        It is taken from the fewest and the most rows that were measured alone.
+        """
+        if not self._decode:
+            return self.step_seconds, 0.0
+        least, most = min(self._decode), max(self._decode)
+        slope = max(0.0, self._decode[most] - self._decode[least]) / max(1, most - least)
+        stretch = max(1.0, self._stretch.value)
+        return stretch * (self._decode[most] - slope * most), stretch * slope
 
     def allowance(self, rows: int, most: int) -> int:
         """Number of prompt tokens, at most `most`, for a step with `rows` decode rows."""
