@@ -28,13 +28,17 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request that arrives at `at` seconds from the start."""
+    """A request that arrives at `at` seconds from the start.
+
+    Its prompt is `tokens`, or of `prompt` tokens that no other one near it begins with.
+    """
 
     at: float
     account: str = ""
     prompt: int = 128
     new: int = 64
     patience: float | None = None
+    tokens: tuple[int, ...] = ()
     fields: tuple[tuple[str, Any], ...] = ()
 
 
@@ -86,7 +90,7 @@ class Simulation(Engine):
         deadline = None
         if arrival.patience is not None:
             deadline = self.started_at + arrival.at + arrival.patience
-        prompt = [1 + (id + i) % 400 for i in range(arrival.prompt)]
+        prompt = [*arrival.tokens] or [1 + (id + i) % 400 for i in range(arrival.prompt)]
         fields = dict(arrival.fields)
         self.submit(id, prompt, arrival.new, account=arrival.account, deadline=deadline, **fields)
         return id

@@ -72,6 +72,21 @@ def test_who_would_start_at_once_and_not_end_is_refused_if_others_wait() -> None
     assert outcomes == ["DEADLINE_UNMEETABLE", None]
 
 
+def test_tokens_that_are_kept_in_the_cache_take_no_time() -> None:
+    simulation = Simulation(**ROOMY)
+    long = tuple(401 + i % 100 for i in range(4000))
+    simulation.simulate([Arrival(0.0, "light", new=2, tokens=long)])
+    begin = simulation.now
+    simulation.simulate(steadily(2 * CAPACITY, 8, begin, account="heavy"), until=begin + 8)
+    assert simulation.core._scheduler.queue
+    outcomes = []
+    for tokens in (long, long[1:]):  # kept, and not kept
+        id = simulation.arrive(Arrival(simulation.now, "light", 0, 8, 1.0, tokens))
+        simulation.simulate([], until=simulation.now + 1.0)
+        outcomes.append(simulation.courses[id].outcome)
+    assert outcomes == ["length", "DEADLINE_UNMEETABLE"]
+
+
 def test_many_accounts_of_different_weight_are_refused_at_once_too() -> None:
     """The first ones get a small part of what they ask for: their waits depend on all others."""
     chance = random.Random(1)

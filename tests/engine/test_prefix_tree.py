@@ -109,6 +109,7 @@ class TreeMachine(RuleBasedStateMachine):
     def admit(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(self.queued))
         found = list(self.cache.find(request))
+        assert self.cache.kept(request) == self.cache._end(request, len(found))
         self.note_drops()
         self.found_is_right(request, [node.block for node in found])
         need = self.pool.blocks_for(request.in_own_blocks) - len(found)

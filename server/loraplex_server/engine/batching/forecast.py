@@ -83,6 +83,10 @@ class Forecast:
 
     def refusal(self, request: Request, now: float) -> Failure | None:
         """Why a request that was just queued is not accepted; None if it is."""
+        if len(request.pins) == len(request.submit.adapters):
+            request.to_compute = request.prompt_len - self._scheduler.prefixes.kept(request)
+        else:  # its adapters decide what is kept of it
+            request.to_compute = 1
         if len(self._queue) <= 1 or not self._rates.work_rate:
             return None
         wait = self._wait_seconds(request)
@@ -116,7 +120,7 @@ class Forecast:
     def _own_seconds(self, request: Request, step_seconds: float) -> float:
         """Time from the start of a request to its end, if its answer is of usual length."""
         rate = self._rates.prompt_rate
-        prompt = request.prompt_len / rate if rate else 0.0
+        prompt = request.to_compute / rate if rate else 0.0
         return prompt + (self._new_tokens(request) - 1.0) * step_seconds
 
     def _step_seconds(self) -> float:

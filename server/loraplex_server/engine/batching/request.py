@@ -129,6 +129,8 @@ class Request:
         found: while it is queued, the blocks that were last found for it; it does not own them.
         cached: number of its first tokens whose keys and values were not computed for it, since
             they were found in the KV cache before its first answer.
+        to_compute: number of its prompt's tokens that it is expected to compute, by what was in the
+            KV cache when it was queued.
         runs: number of times that it was admitted.
         queue_seconds: time from its arrival to its first step; None before that.
         awaits_load: whether some of its adapters were not on the device when it arrived.
@@ -164,6 +166,7 @@ class Request:
     path: list[KeptBlock] = field(default_factory=list)
     found: list[KeptBlock] = field(default_factory=list)
     cached: int = 0
+    to_compute: int = 0
     runs: int = 0
     queue_seconds: float | None = None
     awaits_load: bool = False
