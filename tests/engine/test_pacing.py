@@ -80,6 +80,23 @@ def test_a_pause_of_the_machine_is_not_taken_for_a_cost() -> None:
     assert costs.allowance(8, 512) > before / 2
 
 
+def test_steps_to_come_are_measured_by_those_of_now_though_a_rare_one_paused() -> None:
+    costs = StepCosts(2.0)
+    assert costs.expected() == (0.0, 0.0)
+    for _ in range(40):
+        costs.note(8, 100, 0.02)  # with prompts, before any step without
+    assert costs.expected() == (pytest.approx(0.02), 0.0)
+    costs.note(8, 0, 0.01)
+    costs.note(8, 100, 0.02)
+    assert sum(costs.expected()) <= 0.02
+    costs.note(64, 0, 5.0)  # a pause of the machine, when so many rows are new
+    for _ in range(400):
+        costs.note(8, 100, 0.02)
+    base, slope = costs.expected()
+    assert base + 8 * slope == pytest.approx(0.02, rel=0.05)
+    assert base + 64 * slope < 2.1 * 8 * 0.02  # twice what the proportion gives
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1.2, 4.0])
 def test_how_prompts_are_cut_changes_no_token(ratio: float) -> None:
     engine = Engine(OracleRunner(num_blocks=400), prompt_step_ratio=ratio)

@@ -82,11 +82,13 @@ class Forecast:
         self._rates = rates
 
     def refusal(self, request: Request, now: float) -> Failure | None:
-        """Why a request that was just queued is not accepted; None if it is."""
-        if len(request.pins) == len(request.submit.adapters):
-            request.to_compute = request.prompt_len - self._scheduler.prefixes.kept(request)
-        else:  # its adapters decide what is kept of it
-            request.to_compute = 1
+        """Why a request that was just queued is not accepted; None if it is.
+
+        Notes in it how much of its prompt it is expected to compute, if it has a deadline.
+        """
+        deadline = request.submit.deadline
+        if deadline is not None:
+            self._note_prompt(request)
         if len(self._queue) <= 1 or not self._rates.work_rate:
             return None
         wait = self._wait_seconds(request)
@@ -94,7 +96,6 @@ class Forecast:
         if most_seconds and wait > most_seconds:
             text = f"the wait would be about {wait:.0f} s, more than {most_seconds:g}"
             return Failure(Reason.OVERLOADED, f"{text}; try again later")
-        deadline = request.submit.deadline
         if deadline is None:
             return None
         own = self._own_seconds(request, self._step_seconds())
@@ -116,6 +117,12 @@ class Forecast:
             and request.queue_seconds is None
             and now + LATE_MARGIN * self._own_seconds(request, step) > request.submit.deadline
         ]
+
+    def _note_prompt(self, request: Request) -> None:
+        if len(request.pins) == len(request.submit.adapters):
+            request.to_compute = request.prompt_len - self._scheduler.prefixes.kept(request)
+        else:  # what is kept of it depends on its adapters, for which it has not waited yet
+            request.to_compute = 1
 
     def _own_seconds(self, request: Request, step_seconds: float) -> float:
         """Time from the start of a request to its end, if its answer is of usual length."""

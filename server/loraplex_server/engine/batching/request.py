@@ -130,7 +130,7 @@ class Request:
         cached: number of its first tokens whose keys and values were not computed for it, since
             they were found in the KV cache before its first answer.
         to_compute: number of its prompt's tokens that it is expected to compute, by what was in the
-            KV cache when it was queued.
+            KV cache when it was queued; 0 if it has no deadline.
         runs: number of times that it was admitted.
         queue_seconds: time from its arrival to its first step; None before that.
         awaits_load: whether some of its adapters were not on the device when it arrived.

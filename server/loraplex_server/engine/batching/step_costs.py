@@ -54,20 +54,33 @@ class StepCosts:
         """Notes a step of `decodes` decode rows and some prompt tokens."""
         if seconds <= 0.0:
             return
+        alone = self.decode_seconds(decodes) if decodes else 0.0
         if decodes:
             self.step_seconds = _average(self.step_seconds, seconds)
-            self._stretch.note(seconds, self.decode_seconds(decodes))
+            if alone:
+                self._stretch.note(seconds, alone)
         if not prompt_tokens:
-            self._decode[decodes] = _average(self._decode.get(decodes, 0.0), seconds)
+            self._note_decode(decodes, seconds)
             return
         self._mixed += bool(decodes)
-        alone = self.decode_seconds(decodes) if decodes else 0.0
         if alone or not decodes:
             each = max(seconds - alone, 0.0) / prompt_tokens
             # A step that took less than its decode rows alone do tells nothing but "cheap".
             each = max(each, self.token_seconds / _MOST)
             if each:
                 self.token_seconds = _average(self.token_seconds, each)
+
+    def _note_decode(self, rows: int, seconds: float) -> None:
+        """Notes a step of decode rows alone."""
+        if self._decode and rows not in self._decode:
+            nearest = self._nearest(rows)
+            grown = self._decode[nearest] * max(1.0, rows / nearest)
+            self._decode[rows] = min(seconds, _MOST * grown)  # as in `_average`
+        else:
+            self._decode[rows] = _average(self._decode.get(rows, 0.0), seconds)
+
+    def _nearest(self, rows: int) -> int:
+        return min(self._decode, key=lambda each: abs(each - rows))
 
     def decode_seconds(self, rows: int) -> float:
         """Duration of a step with `rows` decode rows alone; 0 if no such step is known.
@@ -78,7 +91,7 @@ class StepCosts:
         if known is None:
             if not self._decode:
                 return 0.0
-            known = self._decode[min(self._decode, key=lambda each: abs(each - rows))]
+            known = self._decode[self._nearest(rows)]
         return known
 
     def expected(self) -> tuple[float, float]:
