@@ -68,6 +68,10 @@ class Refusing(grpc.GenericRpcHandler):
 
     def _refuse(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         code = self.codes.pop(0) if self.codes else grpc.StatusCode.UNAUTHENTICATED
+        # If a stream ends during a write, grpc.aio may report an error of its own: see
+        # `loraplex.uploads`. That is no matter of keys, so what is sent is read first.
+        for _ in requests:
+            pass
         context.abort(code, "refused")
         yield b""
 
